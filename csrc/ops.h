@@ -1,0 +1,43 @@
+// Every statistics operation of the CPU backend, one line each; gradstats/reference.py defines them.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace gradstats {
+
+using at::IntArrayRef;
+using at::Tensor;
+
+// dw, db, w_sq_norm, b_sq_norm, w_m2, b_m2; what was not asked for has shape (0,).
+using LinearStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// dx, then as LinearStats.
+using NormStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+namespace cpu {
+
+LinearStats linear_stats(const Tensor& x, const Tensor& g, bool weight, bool bias, bool moments);
+
+NormStats layer_norm_stats(const Tensor& g, const Tensor& x, const std::optional<Tensor>& mean,
+                           const Tensor& rstd, const std::optional<Tensor>& scale, bool input,
+                           bool weight, bool bias, bool moments);
+
+NormStats group_norm_stats(const Tensor& g, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                           const std::optional<Tensor>& scale, bool input, bool weight, bool bias,
+                           bool moments);
+
+std::tuple<Tensor, Tensor, Tensor> embedding_stats(const Tensor& ids, const Tensor& g,
+                                                   int64_t num_embeddings, int64_t padding_idx,
+                                                   bool moments);
+
+LinearStats conv_stats(const Tensor& x, const Tensor& g, IntArrayRef kernel_size,
+                       IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                       int64_t groups, bool weight, bool bias, bool moments);
+
+Tensor multi_sq_norm(const std::vector<Tensor>& tensors);
+
+}  // namespace cpu
+}  // namespace gradstats

@@ -1,0 +1,65 @@
+"""Exact per-sample gradient statistics and the gradient noise scale, in the ordinary backward."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gradstats.errors import (
+    AttachError,
+    BackendError,
+    BatchDimError,
+    GradStatsError,
+    InvalidArgumentError,
+    NoStatisticsError,
+    UnsupportedLayerError,
+)
+
+if TYPE_CHECKING:
+    from gradstats import backends
+    from gradstats.estimators import NoiseScale
+    from gradstats.monitor import Monitor, attach
+    from gradstats.advice import BatchSizeAdvice, recommend
+    from gradstats.rules import rule
+    from gradstats.stats import GradStats
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "attach": "monitor",
+    "Monitor": "monitor",
+    "GradStats": "stats",
+    "NoiseScale": "estimators",
+    "BatchSizeAdvice": "advice",
+    "recommend": "advice",
+    "rule": "rules",
+}
+
+__all__ = [
+    "AttachError",
+    "BackendError",
+    "BatchDimError",
+    "BatchSizeAdvice",
+    "GradStats",
+    "GradStatsError",
+    "InvalidArgumentError",
+    "Monitor",
+    "NoStatisticsError",
+    "NoiseScale",
+    "UnsupportedLayerError",
+    "attach",
+    "backends",
+    "recommend",
+    "rule",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a part when it is first used, so that importing the package costs next to nothing."""
+    if name == "backends":
+        return importlib.import_module("gradstats.backends")
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f"gradstats.{_LAZY[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'gradstats' has no attribute {name!r}")

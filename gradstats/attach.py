@@ -1,0 +1,123 @@
+"""Marks a model's parameters and lets its modules' forwards enter the interposer; and undoes it."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradstats import fallback
+from gradstats.errors import AttachError
+from gradstats.interpose import Interposer
+from gradstats.probes import ATTRIBUTE, CONSTANT, Mark, new_m2_leaf
+
+ENTRY = "_gradstats_entry"
+
+
+def _entered_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    interposer, path, original = self.__dict__[ENTRY]
+    if interposer is None:  # unpickled: the class's own forward is back in place already
+        return original(*args, **kwargs)
+    return interposer.enter(self, path, original, args, kwargs)
+
+
+_entered_forward.__name__ = "forward"  # so that a pickled model finds its class's forward
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile(module)`, whose parameters have their own names."""
+    return getattr(model, "_orig_mod", model)
+
+
+def install(model: nn.Module, batch_dim: int, moments: bool, chunk_bytes: int) -> Interposer:
+    """Attach to `model`. Raises AttachError where that cannot give right numbers."""
+    aliases = _aliases(model)
+    params = dict(model.named_parameters())
+    _check(model, params)
+    dtype = torch.float32
+    if any(p.dtype == torch.float64 for p in params.values()):
+        dtype = torch.float64
+    device = next(iter(params.values())).device
+    interposer = Interposer(aliases, batch_dim, dtype, device, fallback.run, chunk_bytes)
+    for name, param in params.items():
+        m2 = new_m2_leaf(param, dtype) if moments else None
+        interposer.marks[name] = Mark(name, m2)
+        setattr(param, ATTRIBUTE, interposer.marks[name])
+    for buffer in model.buffers():
+        setattr(buffer, ATTRIBUTE, CONSTANT)
+    for path, module in model.named_modules():
+        own = module.__dict__.get("forward")
+        object.__setattr__(module, ENTRY, (interposer, path, module.forward))
+        object.__setattr__(module, "_gradstats_own_forward", own)
+        module.__dict__["forward"] = types.MethodType(_entered_forward, module)
+    return interposer
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo `install`: modules and tensors are left as they were."""
+    for module in model.modules():
+        if ENTRY not in module.__dict__:
+            continue
+        own = module.__dict__.pop("_gradstats_own_forward")
+        del module.__dict__[ENTRY]
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+    for tensor in (*model.parameters(), *model.buffers()):
+        if hasattr(tensor, ATTRIBUTE):
+            delattr(tensor, ATTRIBUTE)
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every name of every parameter: tied parameters have several, and one row."""
+    names: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+    return {group[0]: tuple(group) for group in names.values()}
+
+
+def _check(model: nn.Module, params: dict[str, nn.Parameter]) -> None:
+    if not any(p.requires_grad for p in params.values()):
+        raise AttachError(
+            f"{type(model).__name__} has no trainable parameter, so it has no gradient to measure. "
+            "Call requires_grad_(True) on what is to be trained, then attach."
+        )
+    taken = [n for n, m in model.named_modules() if ENTRY in m.__dict__]
+    if taken:
+        raise AttachError(
+            f"{type(model).__name__} (module {taken[0]!r}) is attached to a monitor already. Use "
+            "that monitor, or call its detach() first."
+        )
+    shared = [n for n, p in params.items() if isinstance(getattr(p, ATTRIBUTE, None), Mark)]
+    if shared:
+        raise AttachError(
+            f"parameter {shared[0]!r} belongs to another model that a monitor is attached to. "
+            "Attach once, to a module that holds both."
+        )
+    devices = {str(p.device) for p in params.values()}
+    if len(devices) > 1:
+        raise AttachError(
+            f"the parameters are on several devices ({', '.join(sorted(devices))}). Attach to the "
+            "part on one device, or move the model to one."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel):
+            raise AttachError(
+                f"module {name!r} is nn.DataParallel, which splits every batch between threads. Use "
+                "DistributedDataParallel, or attach to the module inside."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise AttachError(
+                f"module {name!r} is a TorchScript module, whose operations cannot be seen. Attach "
+                "to the eager module, or use torch.compile."
+            )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        if world > 1:
+            raise AttachError(
+                f"{world} processes share this training run, and this version measures one process "
+                "only. Measure on one process, with the batch that all of them show together."
+            )

@@ -1,0 +1,146 @@
+"""Which implementation of the statistics operations runs, and why.
+
+`reference` is plain PyTorch and runs everywhere. `cpu` is the C++ extension, `triton` the kernels of
+`gradstats.kernels`, `cuda` the CUDA C++ part of the extension. An automatic choice takes the fastest
+one that serves the device, the dtype and the operation; a backend asked for by name (`use`, or the
+environment variable GRADSTATS_BACKEND) runs or raises.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+
+from gradstats import reference
+from gradstats.errors import BackendError, InvalidArgumentError
+
+Name = Literal["auto", "reference", "cpu", "triton", "cuda"]
+NAMES: tuple[str, ...] = get_args(Name)
+
+_TRITON = {  # operation -> module of gradstats.kernels
+    "linear_stats": "linear_stats",
+    "layer_norm_stats": "norm_stats",
+    "group_norm_stats": "norm_stats",
+}
+_CUDA = ("multi_sq_norm",)
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_forced: str | None = None
+
+
+@cache
+def extension() -> tuple[Any | None, str]:
+    """The compiled extension and how it was built, or None and why there is none."""
+    try:
+        module = importlib.import_module("gradstats._C")
+    except ImportError as error:
+        return None, (
+            f"the C++ extension is not available ({error}); build it with "
+            "`GRADSTATS_BUILD=cpu pip install --no-build-isolation -e .`"
+        )
+    return module, "built for torch {torch}, {cpu_capability}".format(**module.build_info)
+
+
+@cache
+def triton_available() -> tuple[bool, str]:
+    """Whether Triton can be imported (it is not imported here)."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed; `pip install triton`"
+    return True, "installed"
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run on CPU tensors, under its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def forced() -> str:
+    """The backend asked for by name, or `auto`."""
+    name = _forced if _forced is not None else os.environ.get("GRADSTATS_BACKEND", "auto")
+    if name not in NAMES:
+        raise InvalidArgumentError(
+            f"backend {name!r} does not exist; GRADSTATS_BACKEND and use() take {', '.join(NAMES)}"
+        )
+    return name
+
+
+@contextmanager
+def use(name: Name) -> Iterator[None]:
+    """Run the statistics operations on one backend for a while, or raise where it cannot run."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        forced()
+        yield
+    finally:
+        _forced = before
+
+
+def refusal(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why backend `name` cannot run `op` on such tensors, or None where it can."""
+    if name == "reference":
+        return None
+    if name == "triton":
+        available, why = triton_available()
+        if not available:
+            return why
+        if op not in _TRITON:
+            return f"there is no Triton kernel for {op}"
+        if dtype not in _TRITON_DTYPES:
+            return f"its kernels take {_list(_TRITON_DTYPES)}, not {dtype}"
+        if device == "cuda" or (device == "cpu" and interpreting()):
+            return None
+        return f"it needs CUDA tensors (or TRITON_INTERPRET=1), not {device} ones"
+    module, why = extension()
+    if module is None:
+        return why
+    if device != name:
+        return f"it needs {name} tensors, not {device} ones"
+    if name == "cuda" and (op not in _CUDA or not module.build_info["cuda"]):
+        return f"the extension has no CUDA kernel for {op}; build it with GRADSTATS_BUILD=cuda"
+    if name == "cpu" and dtype not in _CPU_DTYPES and op != "multi_sq_norm":
+        return f"its kernels take {_list(_CPU_DTYPES)}, not {dtype}"
+    return None
+
+
+def _list(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def choose(op: str, device: str, dtype: torch.dtype) -> str:
+    """The name of the backend that runs `op` on tensors of this device type and dtype."""
+    wanted = forced()
+    # A backend asked for by name serves the operations it has; the others stay automatic.
+    if wanted != "auto" and op in {"triton": _TRITON, "cuda": _CUDA}.get(wanted, (op,)):
+        why = refusal(wanted, op, device, dtype)
+        if why is None:
+            return wanted
+        raise BackendError(
+            f"backend {wanted!r} was asked for and cannot run {op}: {why}. "
+            "Unset GRADSTATS_BACKEND (or use('auto')) to let gradstats choose."
+        )
+    for name in ("cuda", "cpu", "triton"):
+        if name == "triton" and device == "cpu":
+            continue  # the interpreter is for tests, never an automatic choice
+        if refusal(name, op, device, dtype) is None:
+            return name
+    return "reference"
+
+
+def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
+    """The function that runs `op` for tensors like this one."""
+    name = choose(op, tensor.device.type, tensor.dtype)
+    if name == "triton":
+        return getattr(importlib.import_module(f"gradstats.kernels.{_TRITON[op]}"), op)  # type: ignore[no-any-return]
+    if name in ("cpu", "cuda"):
+        module = extension()[0]
+        return getattr(module, op if name == "cpu" else f"{op}_cuda")  # type: ignore[no-any-return]
+    return getattr(reference, op)  # type: ignore[no-any-return]

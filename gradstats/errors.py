@@ -1,0 +1,31 @@
+"""The one family of errors: each says what was seen, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class GradStatsError(Exception):
+    """Base of every error that gradstats raises on purpose."""
+
+
+class InvalidArgumentError(GradStatsError, ValueError):
+    """An argument contradicts another one, or is out of range."""
+
+
+class BackendError(GradStatsError, RuntimeError):
+    """A backend that was asked for by name cannot run here."""
+
+
+class UnsupportedLayerError(GradStatsError, RuntimeError):
+    """No per-sample gradient exists for a layer as it is used, or none is implemented."""
+
+
+class BatchDimError(GradStatsError, RuntimeError):
+    """A layer's input does not carry the samples where they were expected."""
+
+
+class NoStatisticsError(GradStatsError, RuntimeError):
+    """`step()` found no backward pass to read from."""
+
+
+class AttachError(GradStatsError, RuntimeError):
+    """The model cannot be attached to as it is."""

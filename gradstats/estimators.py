@@ -1,0 +1,249 @@
+"""The gradient noise scale, with an interval, from per-step statistics. Numbers only, no torch.
+
+``B_noise = tr(Σ)/|G|²`` (McCandlish et al., arXiv:1812.06162, section 2.2) is a ratio of two
+expectations. Each step gives an unbiased estimate of both, and those are smoothed first and divided
+last: a mean of per-step ratios, or clamping a negative ``|G|²`` before smoothing, is biased.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gradstats.errors import InvalidArgumentError
+
+__all__ = ["NoiseScale", "noise_scale", "readable", "samples_ratio", "steps_ratio"]
+
+WIDEST_USEFUL = 10.0  # an interval whose ends differ by more than this factor decides nothing
+DEFAULT_HALF_LIFE = 500.0
+MOST_COSINES = 40  # Student's t with so many degrees of freedom is within 3% of the normal
+FEWEST_STEPS = 3  # below this the scatter between steps cannot be told from a trend
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class NoiseScale:
+    """Gradient noise scale ``tr_sigma / true_grad_sq_norm``, in samples, and how far to trust it.
+
+    ``low`` and ``high`` hold the true value with probability ``confidence``; ``high`` is ``inf``
+    where the data set no upper end. ``value`` is ``inf`` where the smoothed ``|G|²`` is not above
+    zero, ``nan`` where nothing usable was measured. ``num_samples`` counts the samples of the
+    ``num_steps`` used steps; ``num_skipped`` steps were left out (not finite, or fewer than two
+    samples). ``coverage`` is the fraction of the trainable parameters that was measured.
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    num_samples: int
+    num_steps: int
+    num_skipped: int
+    tr_sigma: float
+    true_grad_sq_norm: float
+    coverage: float = 1.0
+
+    @property
+    def actionable(self) -> bool:
+        """Whether the value is finite and its interval narrow enough to choose a batch size by."""
+        return math.isfinite(self.value) and self.high <= WIDEST_USEFUL * self.low
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """The fields as JSON can hold them: what is not finite becomes ``None``."""
+        return {k: v if math.isfinite(v) else None for k, v in asdict(self).items()}
+
+    def __str__(self) -> str:
+        basis = f"from {self.num_samples:,} samples in {_count(self.num_steps, 'step')}"
+        end = "up, no upper end" if math.isinf(self.high) else f"to {readable(self.high)}"
+        range_ = f"({100 * self.confidence:.3g}% interval {readable(self.low)} {end})"
+        advice = [] if self.actionable else ["too uncertain to act on: measure more steps"]
+        if self.num_steps == 0:
+            head = "noise scale unknown: no step with two or more samples and finite statistics"
+            advice = ["measure steps of at least two samples"]
+        elif math.isnan(self.value):
+            head = f"noise scale unknown: neither |G|² nor tr Σ averages above zero, {basis}"
+            advice = ["check that the loss depends on the parameters, or measure more steps"]
+        elif math.isinf(self.value):
+            head = f"noise scale not bounded above {range_}, {basis}"
+            advice = ["the mean gradient cannot be told from noise yet: measure more steps"]
+        else:
+            head = f"noise scale {readable(self.value)} {range_}, {basis}"
+        if self.num_skipped:
+            skipped = _count(self.num_skipped, "step")
+            advice.append(f"{skipped} left out (not finite, or fewer than two samples)")
+        if self.coverage < 1:
+            advice.append(f"covers only {100 * self.coverage:.3g}% of the trainable parameters")
+        return "; ".join([head, *advice])
+
+
+def noise_scale(
+    num_samples: ArrayLike,
+    tr_sigma: ArrayLike,
+    true_grad_sq_norm: ArrayLike,
+    *,
+    half_life: float = DEFAULT_HALF_LIFE,
+    confidence: float = 0.9,
+    coverage: float = 1.0,
+) -> NoiseScale:
+    """Noise scale of a run from K optimizer steps in time order.
+
+    Args:
+        num_samples: (K,) samples of each step. Steps of fewer than two are left out.
+        tr_sigma, true_grad_sq_norm: (K,) unbiased estimates of tr Σ and of ``|G|²``, negative ones
+            included. Steps where one is not finite are left out.
+        half_life: used steps after which a step counts half; ``inf`` gives the plain mean.
+            The default is long beside what an estimate needs and short beside a training run.
+        confidence: probability that the interval holds the true value, in (0, 1).
+        coverage: fraction of the trainable parameters behind the numbers, in [0, 1].
+
+    Input from which nothing can be had gives the value ``nan``, no error; shapes that differ, or an
+    option outside its range, raise ``InvalidArgumentError``.
+
+    Both averages are bias-corrected exponential moving averages; the interval for their ratio is
+    Fieller's (J. R. Stat. Soc. B 16, 1954), restricted to ratios of at least zero. Where steps stay
+    correlated for longer than about a fifth of the half-life, it is too narrow.
+    """
+    inputs = (num_samples, tr_sigma, true_grad_sq_norm)
+    samples, tr, sq = (np.asarray(x, np.float64) for x in inputs)
+    if samples.ndim != 1 or not samples.shape == tr.shape == sq.shape:
+        raise InvalidArgumentError(
+            "num_samples, tr_sigma and true_grad_sq_norm must be sequences of one length, got "
+            f"shapes {samples.shape}, {tr.shape} and {sq.shape}; pass one entry per step"
+        )
+    require(half_life > 0, "half_life", half_life, "pass a number of steps above 0")
+    require(0 < confidence < 1, "confidence", confidence, "pass a probability between 0 and 1")
+    require(0 <= coverage <= 1, "coverage", coverage, "pass a fraction from 0 to 1")
+
+    used = np.isfinite(samples) & np.isfinite(tr) & np.isfinite(sq) & (samples >= 2)
+    steps = int(used.sum())
+    value = mean_tr = mean_sq = math.nan
+    low, high = 0.0, math.inf
+    if steps:
+        series = np.stack([tr[used], sq[used]], axis=1)
+        weights = np.exp2(-np.arange(steps, dtype=np.float64)[::-1] / half_life)
+        weights /= weights.sum()  # an exponential moving average, bias-corrected
+        # Relative to the largest entry, which keeps squares of tiny and huge gradients in range.
+        scale = np.maximum(np.abs(series).max(axis=0), np.finfo(np.float64).tiny)
+        series = series / scale
+        mean = weights @ series
+        mean_tr, mean_sq = (float(m) for m in mean * scale)
+        # Neither expectation can be negative. Where an average is, the nearest possible one stands
+        # in for it, here and in the interval, which only widens by that.
+        top, bottom = (max(float(m), 0.0) for m in mean)
+        numerator, denominator = (float(s) for s in scale)
+        value = _ratio(top, bottom) * numerator / denominator
+        covariance, freedom = _mean_covariance(series, weights)
+        if freedom:
+            from scipy.special import stdtrit
+
+            critical = float(stdtrit(freedom, (1 + confidence) / 2))
+            low, high = _fieller(top, bottom, covariance, critical)
+            # Rounding must not put the value outside its interval.
+            low = min(low * numerator / denominator, value)
+            high = max(high * numerator / denominator, value)
+    return NoiseScale(
+        value=value,
+        low=low,
+        high=high,
+        confidence=float(confidence),
+        num_samples=int(samples[used].sum()),
+        num_steps=steps,
+        num_skipped=len(samples) - steps,
+        tr_sigma=mean_tr,
+        true_grad_sq_norm=mean_sq,
+        coverage=float(coverage),
+    )
+
+
+def steps_ratio(batch_size: float, noise: float) -> float:
+    """Steps to a target over the fewest possible, ``S/S_min = 1 + B_noise/B``, for B > 0 samples.
+
+    McCandlish et al., arXiv:1812.06162, section 2.3.
+    """
+    return 1.0 + noise / batch_size
+
+
+def samples_ratio(batch_size: float, noise: float) -> float:
+    """Samples to a target over the fewest possible, ``E/E_min = 1 + B/B_noise``, ``inf`` at zero.
+
+    McCandlish et al., arXiv:1812.06162, section 2.3: (S/S_min − 1)(E/E_min − 1) = 1.
+    """
+    return 1.0 + _ratio(batch_size, noise)
+
+
+def readable(number: float) -> str:
+    """A number to three significant digits: ``312``, ``0.0123``, ``6,400``, ``1.2e+16``."""
+    rounded = float(f"{number:.3g}")
+    return f"{rounded:,.0f}" if 1000 <= abs(rounded) < 1e15 else f"{rounded:.3g}"
+
+
+def _mean_covariance(series: Array, weights: Array) -> tuple[Array, int]:
+    """(2, 2) covariance of the weighted mean of a (K, 2) series, and its degrees of freedom.
+
+    Robust to autocorrelation: the equal-weighted cosine estimator of Lazarus, Lewis, Stock and
+    Watson (J. Bus. Econ. Stat. 36, 2018). Only slow cosines carry the scatter that a long mean
+    sees; being few and nearly independent, they make the mean over its standard error follow
+    Student's t, where kernel estimates are overconfident. Their rule sets how many cosines, on the
+    number of independent steps that would tell as much as these do. For unequal weights the cosines
+    run in variance time, orthogonal to the weights and to a constant, which keeps the covariance
+    free of the mean and of its error.
+    """
+    recent = weights > 1e-12 * weights[-1]
+    series, weights = series[recent], weights[recent]
+    square = weights @ weights
+    steps = 1 / float(square) + 1e-9  # as many equal weights give this variance
+    if steps < FEWEST_STEPS:
+        return np.zeros((2, 2)), 0
+    residual = series - weights @ series
+    correlation = _lag_one(residual * np.sqrt(weights)[:, None])
+    independent = steps * (1 - correlation) / (1 + correlation)
+    rule = max(2, round(0.4 * independent ** (2 / 3)))
+    cosines = min(rule + 1, MOST_COSINES, int(steps) - 1)
+    time = (np.cumsum(weights**2) - weights**2 / 2) / square
+    waves = weights[:, None] * np.cos(np.pi * time[:, None] * np.arange(cosines + 1))
+    basis = np.linalg.qr(waves)[0][:, 1:]  # the first column is the weights themselves
+    scatter = basis.T @ residual
+    constant = basis.sum(axis=0)
+    size = constant @ constant
+    if size > 1e-12 * len(weights):  # zero for equal weights, where nothing is left to remove
+        scatter = scatter - np.outer(constant, constant @ scatter) / size
+        cosines -= 1
+    return square * (scatter.T @ scatter) / cosines, cosines
+
+
+def _lag_one(residual: Array) -> float:
+    """The larger lag-one autocorrelation of two columns, from 0 to 0.97."""
+    power = np.maximum((residual**2).sum(axis=0), np.finfo(np.float64).tiny)
+    return float(np.clip((residual[1:] * residual[:-1]).sum(axis=0) / power, 0, 0.97).max())
+
+
+def _fieller(top: float, bottom: float, covariance: Array, t: float) -> tuple[float, float]:
+    """Ends of ``{ρ ≥ 0 : (top − ρ·bottom)² ≤ t²·Var(top − ρ·bottom)}``, for top, bottom ≥ 0."""
+    a = bottom**2 - t**2 * float(covariance[1, 1])
+    b = top * bottom - t**2 * float(covariance[0, 1])
+    c = top**2 - t**2 * float(covariance[0, 0])
+    root = math.sqrt(max(b**2 - a * c, 0.0))
+    # a ≤ 0: the denominator may be zero, no ratio is too large. c ≤ 0: the numerator may be zero.
+    low = _ratio(c, b + root) if c > 0 else 0.0
+    high = (b + root) / a if a > 0 else math.inf
+    return (low if math.isfinite(low) else 0.0), high
+
+
+def _ratio(top: float, bottom: float) -> float:
+    if bottom > 0:
+        return top / bottom
+    return math.inf if top > 0 else math.nan
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def require(holds: bool, name: str, seen: object, remedy: str) -> None:
+    """Raise ``InvalidArgumentError`` that names the argument, unless the condition holds."""
+    if not holds:
+        raise InvalidArgumentError(f"{name}={seen!r} cannot be used; {remedy}")

@@ -1,0 +1,281 @@
+"""Exact statistics of any module without rules, at the memory of its per-sample gradients.
+
+The module runs once per sample under `torch.func.vmap` (in a plain loop where vmap cannot), with its
+parameters expanded to (chunk, ...). The expansion's backward sums over samples for the parameter's
+gradient and squares for the probes, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from gradstats.interpose import FallbackFailed, Interposer, random_state, restore_random_state
+from gradstats.probes import ATTRIBUTE, CONSTANT, row_gradient
+from gradstats.reference import stats_dtype
+
+CHUNK_BYTES = 2**28
+
+
+class FallbackWarning(UserWarning):
+    """A module is measured by the fallback: exact, but not free."""
+
+
+class _Merge:
+    """Chan's merge of chunks: what each adds to the second moment about the common mean."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sum: Tensor | None = None
+
+    def add(self, count: int, total: Tensor, m2: Tensor) -> Tensor:
+        before, known = self.count, self.sum
+        self.count += count
+        self.sum = total if known is None else known + total
+        if known is None:
+            return m2
+        gap = known / before - total / count
+        return m2 + gap.square() * (before * count / (before + count))
+
+
+class Expand(torch.autograd.Function):
+    """A parameter expanded over one chunk of samples; the gradient comes back per sample."""
+
+    @staticmethod
+    def forward(ctx, param, row, m2, start, stop, merge):  # type: ignore[no-untyped-def]
+        ctx.part = start, stop, 0 if row is None else row.shape[0] - 1
+        ctx.merge = merge
+        return param.expand(stop - start, *param.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        start, stop, batch = ctx.part
+        wide = g.to(stats_dtype(g.dtype))
+        total = wide.sum(0)
+        row = m2 = None
+        if ctx.needs_input_grad[1]:
+            row = row_gradient(wide.new_zeros(batch))
+            row[start:stop] = wide.flatten(1).square().sum(1) if g.dim() > 1 else wide.square()
+            row[-1] = float(start == 0)
+        if ctx.needs_input_grad[2]:
+            centred = (wide - total / (stop - start)).square().sum(0)
+            m2 = ctx.merge.add(stop - start, total, centred)
+        return total.to(g.dtype), row, m2, None, None, None
+
+
+def run(
+    interposer: Interposer, module: Any, path: str, original: Any, args: Any, kwargs: Any
+) -> Any:
+    """The output of `original(*args, **kwargs)`, computed sample by sample; see the module's text.
+
+    Raises FallbackFailed where the module cannot be run this way: it mixes samples, or its inputs
+    do not hold them.
+    """
+    plan = interposer.plans.get(path)
+    if plan is None:
+        plan = _Plan(interposer, module, path, original)
+        plan.try_out(args, kwargs)
+        interposer.plans[path] = plan
+    return plan(args, kwargs)
+
+
+class _Plan:
+    """How one module is run by the fallback; made at its first run, kept for the later ones."""
+
+    def __init__(self, interposer: Interposer, module: Any, path: str, original: Any) -> None:
+        self.interposer, self.module, self.path, self.original = interposer, module, path, original
+        self.vectorised = True
+        self.out_dims: list[int] = []
+
+    # ---- the first run -----------------------------------------------------------------------
+
+    def try_out(self, args: Any, kwargs: Any) -> None:
+        """Compare outputs and gradients with the plain module's, on the same random numbers.
+
+        Samples that influence each other show here: alone, each comes out differently. So does a
+        function that vmap gets wrong.
+        """
+        state = random_state(self.interposer.device)
+        buffers = {n: b.clone() for n, b in self.module.named_buffers()}
+        uses = dict(self.interposer.current.uses)  # type: ignore[union-attr]
+
+        def restore() -> None:
+            restore_random_state(state)
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(buffers[name])
+            self.interposer.current.uses = dict(uses)  # type: ignore[union-attr]
+
+        params = [p for _, p in self._parameters().values()]
+        problems = []
+        with torch.enable_grad():
+            plain = self.original(*args, **kwargs)
+            expected = _outputs_and_gradients(plain, params)
+            for vectorised in (True, False):
+                restore()
+                self.vectorised = vectorised
+                try:
+                    self._find_out_dims(plain)
+                    _compare(_outputs_and_gradients(self(args, kwargs), params), expected)
+                    self._announce()
+                    break
+                except Exception as error:
+                    problems.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            restore()
+        if len(problems) == 2:
+            need = self.interposer.fallbacks[self.path]
+            raise FallbackFailed(
+                self.interposer.stack[-1],
+                need,
+                f"{need.reason}, and the per-sample fallback around {self.path or 'the model'!r} "
+                "failed: " + "; as a loop: ".join(problems),
+            )
+
+    def _announce(self) -> None:
+        size = self._bytes()
+        chunk = self._chunk(self.interposer.batch)
+        kind = type(self.module).__name__
+        warnings.warn(
+            f"gradstats measures {self.path or 'the model'!r} ({kind}) sample by sample: "
+            f"{self.interposer.fallbacks[self.path].reason}. Exact, at {size * chunk / 1e6:.1f} MB of "
+            f"per-sample gradients for {chunk} samples at a time"
+            + ("." if self.vectorised else ", in a loop because vmap cannot run it."),
+            FallbackWarning,
+            stacklevel=2,
+        )
+
+    def _find_out_dims(self, expected: Any) -> None:
+        self.out_dims = []
+        batch, default = self.interposer.batch, self.interposer.batch_dim
+        for t in pytree.tree_leaves(expected):
+            if isinstance(t, Tensor):
+                fits = [default, *range(t.dim())]
+                self.out_dims.append(
+                    next((d for d in fits if d < t.dim() and t.shape[d] == batch), -1)
+                )
+
+    # ---- every run ---------------------------------------------------------------------------
+
+    def _parameters(self) -> dict[str, tuple[str, Tensor]]:
+        """The module's trainable parameters: name in the model -> (name in the module, tensor)."""
+        marked = ((n, p, getattr(p, ATTRIBUTE, None)) for n, p in self.module.named_parameters())
+        return {m.name: (n, p) for n, p, m in marked if m is not None and p.requires_grad}
+
+    def _bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for _, p in self._parameters().values())
+
+    def _chunk(self, batch: int) -> int:
+        if not self.vectorised:
+            return 1
+        return max(1, min(batch, self.interposer.chunk_bytes // max(self._bytes(), 1)))
+
+    def __call__(self, args: Any, kwargs: Any) -> Any:
+        it = self.interposer
+        params = self._parameters()
+        probes = {n: it.probe_of(n, getattr(p, ATTRIBUTE).m2) for n, (_, p) in params.items()}
+        merges = {n: _Merge() for n in params}
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        batched = [isinstance(v, Tensor) and it.is_batched(v)
+                   and getattr(v, ATTRIBUTE, None) is not CONSTANT for v in leaves]  # fmt: skip
+        if not any(batched):
+            raise ValueError(f"none of its inputs has {it.batch} samples in dim {it.batch_dim}")
+        chunk = self._chunk(it.batch)
+        outputs = []
+        for start in range(0, it.batch, chunk):
+            stop = min(start + chunk, it.batch)
+            expanded = {
+                local: Expand.apply(p, *probes[n], start, stop, merges[n])
+                for n, (local, p) in params.items()
+            }
+            part = [v.narrow(it.batch_dim, start, stop - start) if b else v
+                    for v, b in zip(leaves, batched, strict=True)]  # fmt: skip
+            outputs.append(self._run_chunk(expanded, part, batched, spec))
+        return self._join(outputs)
+
+    def _run_chunk(
+        self, expanded: dict[str, Any], leaves: list[Any], batched: list[bool], spec: Any
+    ) -> Any:
+        dim = self.interposer.batch_dim
+
+        def one(params: dict[str, Tensor], values: list[Any]) -> Any:
+            args, kwargs = pytree.tree_unflatten(values, spec)
+            # As torch.func.functional_call does, but without running the module's hooks again.
+            with _Corrected(), _reparametrize_module(self.module, params, tie_weights=True):
+                return self.original(*args, **kwargs)
+
+        if not self.vectorised:
+            return one({n: e[0] for n, e in expanded.items()}, leaves)
+
+        def each(params: dict[str, Tensor], values: list[Tensor]) -> Any:
+            it = iter(values)
+            full = [next(it).unsqueeze(dim) if b else v
+                    for v, b in zip(leaves, batched, strict=True)]  # fmt: skip
+            return one(params, full)
+
+        values = [v for v, b in zip(leaves, batched, strict=True) if b]
+        mapped = torch.func.vmap(each, in_dims=(0, dim), randomness="different")
+        out = mapped(expanded, values)
+        flat, out_spec = pytree.tree_flatten(out)
+        dims = iter(self.out_dims)
+        flat = [t.movedim(0, d).flatten(d, d + 1) if (d := next(dims)) >= 0 else t[0]
+                for t in flat]  # fmt: skip
+        return pytree.tree_unflatten(flat, out_spec)
+
+    def _join(self, outputs: list[Any]) -> Any:
+        if len(outputs) == 1:
+            return outputs[0]
+        spec = pytree.tree_structure(outputs[0])
+        columns = zip(*(pytree.tree_leaves(o) for o in outputs), strict=True)
+        dims = iter(self.out_dims)
+        joined = []
+        for column in columns:
+            if not isinstance(column[0], Tensor):
+                joined.append(column[0])
+                continue
+            dim = next(dims)
+            joined.append(torch.cat(column, dim) if dim >= 0 else column[0])
+        return pytree.tree_unflatten(joined, spec)
+
+
+class _Corrected(TorchFunctionMode):
+    """vmap over an embedding's weight forgets `padding_idx`: keep those rows from the gradient."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.embedding:
+            ids, weight, padding_idx, *_ = (*args, *(kwargs or {}).values(), None)
+            if padding_idx is not None:
+                padding = (ids == padding_idx % weight.shape[0]).unsqueeze(-1)
+                out = torch.where(padding, out.detach(), out)
+        return out
+
+
+def _outputs_and_gradients(out: Any, params: list[Tensor]) -> list[Tensor]:
+    """The tensors of `out`, and the parameters' gradients of a fixed function of them."""
+    outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+    smooth = [t for t in outputs if t.requires_grad]
+    ramps = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device) for t in smooth]
+    if not smooth:
+        return outputs
+    grads = torch.autograd.grad(
+        smooth, params, [r.view(t.shape) for t, r in zip(smooth, ramps, strict=True)],
+        allow_unused=True,
+    )  # fmt: skip
+    zeros = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
+    return [t.detach() for t in (*outputs, *zeros)]
+
+
+def _compare(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        if a.shape != b.shape:
+            raise ValueError(f"a result of shape {tuple(a.shape)}, not {tuple(b.shape)}")
+        if b.is_floating_point() and b.numel():
+            tolerance = 2e-2 if b.dtype in (torch.float16, torch.bfloat16) else 1e-3
+            if not ((a - b).norm() <= tolerance * b.norm() + 1e-12):
+                raise ValueError("its results differ when each sample runs alone")

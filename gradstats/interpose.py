@@ -1,0 +1,393 @@
+"""The TorchFunctionMode that every module's forward enters, and the entry itself.
+
+The outermost module that runs opens a pass (`gradstats.probes.Pass`) and enters the mode; nested
+modules find it open. Inside, each torch function that receives a tracked parameter is computed by its
+rule. What has no rule is measured by the vmap fallback around the smallest module that holds every
+use of the parameter, or reported as not covered.
+
+Parameters carry a mark in an attribute, so they are known wherever they are used; the rows they
+deliver to belong to the pass that runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._dynamo.comptime import comptime
+from torch.overrides import TorchFunctionMode
+
+from gradstats.errors import BatchDimError, UnsupportedLayerError
+from gradstats.probes import ATTRIBUTE, CONSTANT, NO_PROBE, Delivery, Ledger, Mark, Pass, Probe, new_leaf
+from gradstats.rules import RULES
+
+_live: weakref.WeakValueDictionary[int, Interposer] = weakref.WeakValueDictionary()
+_keys = itertools.count()
+
+
+class Frame:
+    """One run of one module's forward."""
+
+    __slots__ = ("path",)
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+
+class NeedsFallback(BaseException):
+    """Parameter `name` is used in a way no rule covers: run this frame's module by the fallback.
+
+    Not an Exception, so that a model's own `except Exception` cannot swallow it.
+    """
+
+    def __init__(self, frame: Frame, name: str, reason: str) -> None:
+        super().__init__(frame.path, name, reason)
+        self.frame, self.name, self.reason = frame, name, reason
+
+
+class FallbackFailed(BaseException):
+    """The fallback cannot run this frame's module."""
+
+    def __init__(self, frame: Frame, need: NeedsFallback, reason: str) -> None:
+        super().__init__(frame.path, need.name, reason)
+        self.frame, self.need, self.reason = frame, need, reason
+
+
+def tensors_in(value: object, depth: int = 3) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings of arguments."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item, depth - 1)
+    elif depth and isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item, depth - 1)
+
+
+def _ensure_shared_leaf(ctx: Any) -> None:
+    """Runs while a graph is compiled: makes the leaf of its batch size, once."""
+    key = ctx.get_local("key").as_python_constant()
+    batch = ctx.get_local("batch").as_python_constant()
+    _live[key].make_shared_leaf(batch)
+
+
+class Interposer(TorchFunctionMode):
+    """Sees every torch function of the model's forward. One per monitor.
+
+    `names`: the trainable parameters in the order of their rows, `aliases` every name of each.
+    """
+
+    def __init__(
+        self,
+        aliases: Mapping[str, Sequence[str]],
+        batch_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        fallback: Callable[..., Any],
+        chunk_bytes: int,
+    ) -> None:
+        super().__init__()
+        self.key = next(_keys)
+        _live[self.key] = self
+        self.aliases = aliases
+        self.index = {name: i for i, name in enumerate(aliases)}
+        self.batch_dim = batch_dim
+        self.dtype, self.device = dtype, device
+        self.ledger = Ledger()
+        self.enabled = True
+        self.suspended = False
+        self.current: Pass | None = None
+        self.batch = 0  # samples in the current pass
+        self.stack: list[Frame] = []
+        self.settled: set[str] = set()
+        self.fallbacks: dict[str, NeedsFallback] = {}
+        self.plans: dict[str, Any] = {}  # how the fallback runs each of them
+        self.uncovered: dict[str, str] = {}
+        self._fallback = fallback
+        self.chunk_bytes = chunk_bytes
+        self.missed: dict[str, str] = {}
+        self.marks: dict[str, Mark] = {}
+        self._canonical = {alias: name for name, group in aliases.items() for alias in group}
+        self._passes: list[Pass] = []
+
+    def __deepcopy__(self, memo: Any) -> Interposer:
+        return self  # a copy of the model delivers nothing: its parameters carry no marks
+
+    def __reduce__(self) -> Any:
+        return (_nobody, ())  # a pickled model comes back without statistics
+
+    # ---- entering ----------------------------------------------------------------------------
+
+    def enter(self, module: Any, path: str, original: Any, args: Any, kwargs: Any) -> Any:
+        """The forward of `module`, which sits at `path`; `original` is its own forward."""
+        if self.suspended or not self.enabled:
+            return original(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            if self.current is not None:
+                self.current.skipped = True
+            return original(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._enter_traced(original, args, kwargs)
+        if self.current is not None:
+            return self._enter_nested(module, path, original, args, kwargs)
+        try:
+            self.current = self._open(path, args, kwargs)
+            self.batch = self.current.batch
+            self.stack.clear()
+            with self:
+                return self._enter_nested(module, path, original, args, kwargs)
+        finally:
+            self.current = None
+
+    def _enter_traced(self, original: Any, args: Any, kwargs: Any) -> Any:
+        if self.current is not None:
+            return original(*args, **kwargs)
+        # Multiplying a tuple specialises a symbolic batch size: the rows need a number.
+        batch = len((0,) * self._batch_size("the model", args, kwargs))
+        key = self.key
+        comptime(lambda ctx: _ensure_shared_leaf(ctx))
+        assert key is not None
+        self.current = Pass(batch, getattr(self, f"_leaf_{batch}"))
+        self.batch = batch
+        try:
+            with self:
+                return original(*args, **kwargs)
+        finally:
+            self.current = None
+
+    def make_shared_leaf(self, batch: int) -> None:
+        if not hasattr(self, f"_leaf_{batch}"):
+            leaf = new_leaf(len(self.index), batch, self.dtype, self.device)
+            leaf.register_post_accumulate_grad_hook(self.ledger.deliver_shared)
+            setattr(self, f"_leaf_{batch}", leaf)
+
+    def _enter_nested(self, module: Any, path: str, original: Any, args: Any, kwargs: Any) -> Any:
+        current = self.current
+        assert current is not None
+        for key, param in module._parameters.items():
+            if param is not None and not hasattr(param, ATTRIBUTE):  # replaced since attaching
+                self._adopt(f"{path}.{key}" if path else key, param)
+        state = None if path in self.settled else random_state(self.device)
+        while True:  # once, but for a module whose first try shows that it needs the fallback
+            frame = Frame(path)
+            self.stack.append(frame)
+            try:
+                if path in self.fallbacks:
+                    return self._run_fallback(module, path, original, args, kwargs)
+                out = original(*args, **kwargs)
+                self.settled.add(path)
+                return out
+            except NeedsFallback as need:
+                if need.frame is not frame:
+                    raise
+                self.fallbacks[path] = need
+            except FallbackFailed as failed:
+                if failed.frame is not frame:
+                    raise
+                self.uncovered[failed.need.name] = failed.reason
+                del self.fallbacks[path]
+            finally:
+                self.stack.pop()
+            # What an interrupted try had drawn and counted is undone.
+            restore_random_state(state)
+            current.uses = {n: used for n, used in current.uses.items() if frame not in used}
+
+    def _adopt(self, alias: str, param: Tensor) -> None:
+        """A parameter is known by where it sits: a new object in an old place is the same one."""
+        name = self._canonical.get(alias)
+        if name is not None:
+            setattr(param, ATTRIBUTE, self.marks[name])
+
+    def _run_fallback(self, module: Any, path: str, original: Any, args: Any, kwargs: Any) -> Any:
+        self.suspended = True
+        try:
+            return self._fallback(self, module, path, original, args, kwargs)
+        finally:
+            self.suspended = False
+
+    # ---- passes ------------------------------------------------------------------------------
+
+    def _open(self, path: str, args: Any, kwargs: Any) -> Pass:
+        if torch._C._current_graph_task_id() != -1:
+            return self._reopen(path, args, kwargs)
+        if self.ledger.between is not None and self.ledger.deliveries:
+            self.ledger.between()
+        delivered = [d.leaf for d in self.ledger.deliveries]
+        self._passes = [p for p in self._passes if not any(p.leaf is leaf for leaf in delivered)]
+        batch = self._batch_size(path, args, kwargs)
+        leaf = new_leaf(len(self.index), batch, self.dtype, self.device)
+        leaf.register_post_accumulate_grad_hook(self.ledger.deliver)
+        opened = Pass(batch, leaf)
+        self._passes.append(opened)
+        return opened
+
+    def _reopen(self, path: str, args: Any, kwargs: Any) -> Pass:
+        """A checkpoint recomputes in the backward: find the pass that it belongs to."""
+        batch = self._batch_size(path, args, kwargs)
+        fitting = [p for p in self._passes if p.batch == batch]
+        if not fitting or (len(fitting) > 1 and any(p.skipped for p in fitting)):
+            raise UnsupportedLayerError(
+                f"{_named(path)} is recomputed by a checkpoint in the backward, and {len(fitting)} "
+                "forward passes could be the one it belongs to. Use "
+                "checkpoint(..., use_reentrant=False), or run backward before the next forward."
+            )
+        return Pass(batch, fitting[-1].leaf, recomputing=True)
+
+    def take(self) -> tuple[list[Delivery], dict[str, str]]:
+        """What was delivered since the last call, and why some parameters were not."""
+        missed, self.missed = self.missed, {}
+        self._passes.clear()
+        return self.ledger.take(), {**missed, **self.uncovered}
+
+    def _batch_size(self, path: str, args: Any, kwargs: Any) -> int:
+        for tensor in tensors_in((args, kwargs)):
+            if tensor.dim() > self.batch_dim:
+                return tensor.shape[self.batch_dim]
+        raise BatchDimError(
+            f"{_named(path)} was called without a tensor that has a dimension {self.batch_dim}, so "
+            "the number of samples is not known. Pass the batch to the module that you attached, or "
+            "set attach(batch_dim=...)."
+        )
+
+    # ---- torch functions ---------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.current is None or self.suspended:
+            return func(*args, **kwargs)
+        found = RULES.get(func)
+        if found is None or not torch.is_grad_enabled():
+            return self.unruled(func, args, kwargs)
+        return found(self, func, *args, **kwargs)
+
+    def unruled(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run `func`; where a parameter goes into a differentiable result, its use is not covered."""
+        out = func(*args, **kwargs)
+        constant = True
+        for tensor in tensors_in((args, kwargs)):
+            mark = getattr(tensor, ATTRIBUTE, None)
+            if mark is None:
+                constant = False
+            elif mark.name is not None:
+                constant = False
+                if tensor.requires_grad and any(t.requires_grad for t in tensors_in(out)):
+                    self._not_ruled(mark.name, _function_name(func))
+        if constant and isinstance(out, Tensor) and not out.requires_grad:
+            setattr(out, ATTRIBUTE, CONSTANT)  # made from nothing that a sample went into
+        elif args and getattr(args[0], ATTRIBUTE, None) is CONSTANT and _writes(func):
+            delattr(args[0], ATTRIBUTE)  # a sample was written into it
+        return out
+
+    def _not_ruled(self, name: str, function: str) -> None:
+        self._fall_back_or_note(name, f"no rule covers its use in {function}", ())
+
+    def _fall_back_or_note(self, name: str, reason: str, earlier: tuple[Frame, ...]) -> None:
+        """Ask for the fallback around the smallest module with every use, else note the gap."""
+        if not torch.is_grad_enabled() or name in self.uncovered:
+            return
+        assert self.current is not None
+        if torch.compiler.is_compiling():
+            self.uncovered[name] = f"{reason}; the fallback does not run in a compiled forward"
+            return
+        for frame in reversed(self.stack):
+            owned = any(_within(alias, frame.path) for alias in self.aliases[name])
+            if owned and (not earlier or frame in earlier):
+                need = NeedsFallback(frame, name, f"{name}: {reason}")
+                if frame.path not in self.settled:
+                    raise need
+                # Its first part already ran and drew random numbers; the next pass falls back.
+                self.fallbacks[frame.path] = need
+                break
+        self.missed[name] = reason
+
+    # ---- what rules ask for (gradstats.rules.Use) ----------------------------------------------
+
+    def mark(self, tensor: object) -> Mark | None:
+        return getattr(tensor, ATTRIBUTE, None) if isinstance(tensor, Tensor) else None
+
+    def tracked(self, *tensors: object) -> bool:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                mark = getattr(tensor, ATTRIBUTE, None)
+                if mark is not None and mark.name is not None:
+                    return True
+        return False
+
+    def probe(self, tensor: Tensor | None) -> Probe:
+        mark = self.mark(tensor)
+        if mark is None or mark.name is None or tensor is None or not tensor.requires_grad:
+            return NO_PROBE
+        current = self.current
+        assert current is not None
+        return self.probe_of(mark.name, mark.m2)
+
+    def probe_of(self, name: str, m2: Tensor | None) -> Probe:
+        """The probe of a parameter by name; counts as a use of it."""
+        current = self.current
+        assert current is not None
+        if not current.recomputing:
+            earlier = current.uses.get(name)
+            if earlier is not None:
+                self._fall_back_or_note(name, "it is used more than once in a forward", earlier)
+            current.uses[name] = tuple(self.stack)
+        return Probe(current.rows[self.index[name]], m2)
+
+    def is_batched(self, tensor: Tensor) -> bool:
+        return tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == self.batch
+
+    def batch_first(self, tensor: Tensor) -> Tensor:
+        if not self.is_batched(tensor):
+            raise BatchDimError(
+                f"{self._where()} got an input of shape {tuple(tensor.shape)}, whose dimension "
+                f"{self.batch_dim} does not hold the batch of {self.batch} samples. Every layer must "
+                "see the samples in that dimension: keep (batch, ...) inside the model, or say where "
+                "they are with attach(batch_dim=...)."
+            )
+        return tensor if self.batch_dim == 0 else tensor.movedim(self.batch_dim, 0)
+
+    def refuse(self, what: str, instead: str) -> NoReturn:
+        raise UnsupportedLayerError(f"{self._where()}: {what}. Instead, {instead}.")
+
+    def _where(self) -> str:
+        return _named(self.stack[-1].path if self.stack else "")
+
+
+def _nobody() -> None:
+    return None
+
+
+def _named(path: str) -> str:
+    return f"layer {path!r}" if path else "the model"
+
+
+def _within(name: str, path: str) -> bool:
+    return path == "" or name.startswith(path + ".")
+
+
+def _writes(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _function_name(func: Any) -> str:
+    name = getattr(func, "__name__", repr(func))
+    return name if name != "__get__" else getattr(func.__self__, "__name__", name)
+
+
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), cuda
+
+
+def restore_random_state(state: tuple[Tensor, Tensor | None] | None) -> None:
+    if state is not None:
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1])

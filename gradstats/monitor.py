@@ -1,0 +1,295 @@
+"""The monitor: what `attach` returns and a training loop talks to."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradstats import advice, estimators, record
+from gradstats.attach import install, plain, uninstall
+from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
+from gradstats.moments import SecondMoments
+from gradstats.stats import GradStats
+
+HISTORY = 10_000
+Method = Literal["per_sample"]
+
+
+def attach(
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    method: Method = "per_sample",
+    loss_reduction: Literal["mean", "sum"] = "mean",
+    every: int = 1,
+    moments: bool = False,
+    per_layer: bool = True,
+    batch_dim: int = 0,
+    half_life: float = estimators.DEFAULT_HALF_LIFE,
+    confidence: float = 0.9,
+    fallback_bytes: int = 2**28,
+) -> Monitor:
+    """Measure per-sample gradient statistics in the ordinary backward passes of `model`.
+
+    The model's outputs and gradients do not change, nothing in it is replaced, and `detach()` undoes
+    it. Works before or after `torch.compile`.
+
+    Args:
+        model: any module that treats the samples of a batch independently.
+        optimizer: where `recommend` reads the learning rate and its scaling rule from.
+        method: "per_sample", exact for every sample.
+        loss_reduction: how the loss joins samples, "mean" or "sum". Only absolute norms depend on it.
+        every: measure one step out of `every`; the others cost nothing.
+        moments: also the elementwise variance of each weight's gradient (`GradStats.grad_var`), at
+            one tensor of the weight's size each.
+        per_layer: keep the statistics of each parameter in the record.
+        batch_dim: the dimension that holds the samples, in every layer's input.
+        half_life: memory of the smoothed noise scale, in steps.
+        confidence: of the noise scale's interval.
+        fallback_bytes: memory for per-sample gradients of modules without rules, at a time.
+
+    Raises:
+        AttachError: no trainable parameter, attached already, several devices or processes.
+        InvalidArgumentError: an argument is out of range.
+    """
+    return Monitor(
+        model,
+        optimizer=optimizer,
+        method=method,
+        loss_reduction=loss_reduction,
+        every=every,
+        moments=moments,
+        per_layer=per_layer,
+        batch_dim=batch_dim,
+        half_life=half_life,
+        confidence=confidence,
+        fallback_bytes=fallback_bytes,
+    )
+
+
+class Monitor:
+    """Statistics of one model's gradients; made by `attach`, whose arguments it takes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer | None,
+        method: str,
+        loss_reduction: str,
+        every: int,
+        moments: bool,
+        per_layer: bool,
+        batch_dim: int,
+        half_life: float,
+        confidence: float,
+        fallback_bytes: int,
+    ) -> None:
+        _one_of("method", method, ("per_sample",))
+        _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
+        _at_least("every", every, 1)
+        _at_least("batch_dim", batch_dim, 0)
+        _at_least("fallback_bytes", fallback_bytes, 1)
+        estimators.noise_scale([], [], [], half_life=half_life, confidence=confidence)
+        self.every = every
+        self._model = plain(model)
+        self._optimizer = optimizer
+        self._summed = loss_reduction == "sum"
+        self._per_layer = per_layer
+        self._half_life, self._confidence = half_life, confidence
+        self._interposer = install(self._model, batch_dim, moments, fallback_bytes)
+        self._moments = SecondMoments(self._interposer, self._params) if moments else None
+        self._attached = True
+        self._steps = 0
+        self._history: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=HISTORY)
+        self._last: GradStats | None = None
+        self._restored_coverage = 1.0
+        self._restored_batch: int | None = None
+
+    # ---- the loop ------------------------------------------------------------------------------
+
+    def step(self) -> GradStats | None:
+        """Close an optimizer step: call it after backward, before clipping and `optimizer.step()`.
+
+        Everything that was propagated backward since the last call belongs to the step, in any
+        number of micro-batches. Does not wait for the device. Returns None on a step that `every`
+        leaves out.
+
+        Raises:
+            NoStatisticsError: no backward went through the model since the last call.
+        """
+        self._require_attached()
+        interposer = self._interposer
+        if not interposer.enabled:
+            return self._next(None)
+        deliveries, reasons = interposer.take()
+        if not deliveries:
+            raise NoStatisticsError(
+                "step() found no backward pass through the attached model since the last step(). "
+                "Call it once per optimizer step, after loss.backward(); the forward must run with "
+                "gradients enabled (not under torch.no_grad or inference_mode) and its loss must "
+                "depend on a trainable parameter."
+            )
+        groups = record.group(deliveries)
+        m2 = self._moments.take([n for n, _ in groups]) if self._moments else {}
+        stats = record.build(
+            tuple(interposer.index),
+            self._params(),
+            groups,
+            reasons,
+            self._summed,
+            self._per_layer,
+            m2,
+        )
+        self._history.append((stats.num_samples, stats.tr_sigma, stats.true_grad_sq_norm))
+        return self._next(stats)
+
+    def _next(self, stats: GradStats | None) -> GradStats | None:
+        self._steps += 1
+        self._interposer.enabled = self._steps % self.every == 0
+        if stats is not None:
+            self._last = stats
+        return stats
+
+    def _params(self) -> list[Tensor]:
+        by_name = dict(self._model.named_parameters())
+        return [by_name[name] for name in self._interposer.index]
+
+    # ---- reading -------------------------------------------------------------------------------
+
+    def noise_scale(self) -> estimators.NoiseScale:
+        """The smoothed gradient noise scale B_noise = tr(Σ)/|G|², with its interval, in samples.
+
+        Waits for the device. Before any step, or after steps of one sample only, its value is NaN
+        and its sentence says why.
+        """
+        counts, tr_sigma, true_grad = self._series()
+        return estimators.noise_scale(
+            counts,
+            tr_sigma,
+            true_grad,
+            half_life=self._half_life,
+            confidence=self._confidence,
+            coverage=self._coverage(),
+        )
+
+    def recommend(
+        self,
+        *,
+        step_seconds: Mapping[int, float] | None = None,
+        max_micro_batch_size: int | None = None,
+        max_batch_size: int | None = None,
+        batch_size: int | None = None,
+        learning_rate: float | None = None,
+    ) -> advice.BatchSizeAdvice:
+        """The batch size that the measured noise scale calls for; see `gradstats.recommend`.
+
+        `batch_size` is the present one (default: samples in the last step), `learning_rate` the
+        present rate (default: the optimizer's, where `attach` was given one).
+
+        Raises:
+            NoStatisticsError: nothing was measured yet.
+        """
+        if batch_size is None:
+            batch_size = self._last.num_samples if self._last else self._restored_batch
+        if not batch_size:
+            raise NoStatisticsError(
+                "recommend() needs at least one measured step to know the present batch size. Train "
+                "for some steps with monitor.step() in the loop, or pass batch_size=."
+            )
+        name = None
+        if self._optimizer is not None:
+            name = type(self._optimizer).__name__
+            if learning_rate is None:
+                learning_rate = float(self._optimizer.param_groups[0]["lr"])
+        return advice.recommend(
+            self.noise_scale(),
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            optimizer=name,
+            step_seconds=step_seconds,
+            max_micro_batch_size=max_micro_batch_size,
+            max_batch_size=max_batch_size,
+        )
+
+    def _series(self) -> tuple[list[int], list[float], list[float]]:
+        if not self._history:
+            return [], [], []
+        counts = [n for n, _, _ in self._history]
+        pairs = torch.stack([torch.stack((t, g)) for _, t, g in self._history])
+        tr_sigma, true_grad = pairs.double().cpu().unbind(1)
+        return counts, tr_sigma.tolist(), true_grad.tolist()
+
+    def _coverage(self) -> float:
+        return self._restored_coverage if self._last is None else self._last.coverage.fraction
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The estimate so far as plain numbers; exact, so that a resumed run goes on as this one."""
+        counts, tr_sigma, true_grad = self._series()
+        return {
+            "version": 1,
+            "steps": self._steps,
+            "num_samples": counts,
+            "tr_sigma": tr_sigma,
+            "true_grad_sq_norm": true_grad,
+            "coverage": self._coverage(),
+            "batch_size": self._last.num_samples if self._last else self._restored_batch,
+            "parameters": list(self._interposer.index),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`. Raises InvalidArgumentError for the state of another model."""
+        if state.get("version") != 1:
+            raise InvalidArgumentError(
+                f"this monitor reads states of version 1, not {state.get('version')!r}; the file was "
+                "written by another version of gradstats, or is not a monitor's state"
+            )
+        if state["parameters"] != list(self._interposer.index):
+            raise InvalidArgumentError(
+                f"the state is of another model: its parameters begin {state['parameters'][:3]}, "
+                f"this model's {list(self._interposer.index)[:3]}"
+            )
+        device, dtype = self._interposer.device, torch.float64
+        tr_sigma = torch.tensor(state["tr_sigma"], dtype=dtype, device=device)
+        true_grad = torch.tensor(state["true_grad_sq_norm"], dtype=dtype, device=device)
+        self._history.clear()
+        self._history.extend(zip(state["num_samples"], tr_sigma, true_grad, strict=True))
+        self._steps = state["steps"]
+        self._interposer.enabled = self._steps % self.every == 0
+        self._last = None
+        self._restored_coverage = state["coverage"]
+        self._restored_batch = state["batch_size"]
+
+    def detach(self) -> None:
+        """Leave the model as it was before `attach`. What was measured can still be read."""
+        if self._attached:
+            self._attached = False
+            uninstall(self._model)
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def _require_attached(self) -> None:
+        if not self._attached:
+            raise GradStatsError("this monitor was detached; attach(model) gives a new one")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InvalidArgumentError(
+            f"{name}={value!r} is not known here; use {' or '.join(map(repr, known))}"
+        )
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise InvalidArgumentError(f"{name}={value!r} must be a whole number of at least {least}")

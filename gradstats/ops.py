@@ -1,0 +1,120 @@
+"""The statistics operations as torch.library ops: schema, fake kernel, one implementation.
+
+They are opaque to a compiler and take no part in autograd: the functions in `gradstats.rules` call
+them in their backward. `gradstats.reference` says what each computes; `gradstats.backends` picks who
+computes it at run time, so the ops exist even where nothing was compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradstats import backends
+from gradstats.reference import LinearStats, NormStats, stats_dtype
+
+_FLAGS = "bool weight, bool bias, bool moments"
+_NORM = f"Tensor rstd, Tensor? scale, bool input, {_FLAGS}"
+_SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+
+_SCHEMAS = {
+    "linear_stats": f"(Tensor x, Tensor g, {_FLAGS}) -> {_SIX}",
+    "layer_norm_stats": f"(Tensor g, Tensor x, Tensor? mean, {_NORM}) -> {_SEVEN}",
+    "group_norm_stats": f"(Tensor g, Tensor x, Tensor mean, {_NORM}) -> {_SEVEN}",
+    "embedding_stats": "(Tensor ids, Tensor g, SymInt num_embeddings, int padding_idx, "
+    "bool moments) -> (Tensor, Tensor, Tensor)",
+    "conv_stats": "(Tensor x, Tensor g, SymInt[] kernel_size, int[] stride, int[] padding, "
+    f"int[] dilation, int groups, {_FLAGS}) -> {_SIX}",
+    "multi_sq_norm": "(Tensor[] tensors) -> Tensor",
+}
+
+_library = torch.library.Library("gradstats", "DEF")
+
+
+def _define(name: str) -> None:
+    # `embedding_stats` computes on its gradient; ids are integers. A list op looks at its first.
+    pick = {"embedding_stats": lambda a: a[1], "multi_sq_norm": lambda a: a[0][0]}.get(
+        name, lambda a: a[0]
+    )
+
+    def run(*args):  # type: ignore[no-untyped-def]
+        return backends.implementation(name, pick(args))(*args)
+
+    _library.define(f"{name}{_SCHEMAS[name]}", tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+
+
+for _name in _SCHEMAS:
+    _define(_name)
+
+ops = torch.ops.gradstats
+
+
+def _fake(name: str):  # type: ignore[no-untyped-def]
+    return torch.library.register_fake(f"gradstats::{name}", lib=_library)
+
+
+def _stats(
+    like: Tensor, batch: int, shape: Sequence[int], wanted: bool, moments: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake (gradient, sq_norm, m2) of one parameter; `like` gives device and gradient dtype."""
+    wide = stats_dtype(like.dtype)
+    return (
+        like.new_empty(tuple(shape) if wanted else (0,)),
+        like.new_empty(batch if wanted else 0, dtype=wide),
+        like.new_empty(tuple(shape) if wanted and moments else (0,), dtype=wide),
+    )
+
+
+@_fake("linear_stats")
+def _(x: Tensor, g: Tensor, weight: bool, bias: bool, moments: bool) -> LinearStats:
+    shape = (g.shape[2], x.shape[2])
+    dw, w_sq, w_m2 = _stats(x, x.shape[0], shape, weight, moments)
+    db, b_sq, b_m2 = _stats(g, x.shape[0], shape[:1], bias, moments)
+    return dw, db, w_sq, b_sq, w_m2, b_m2
+
+
+def _fake_norm(
+    g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, scale: Tensor | None,
+    input: bool, weight: bool, bias: bool, moments: bool, dim: int,
+) -> NormStats:  # fmt: skip
+    like = x if scale is None else scale
+    dw, w_sq, w_m2 = _stats(like, x.shape[0], (x.shape[dim],), weight, moments)
+    db, b_sq, b_m2 = _stats(like, x.shape[0], (x.shape[dim],), bias, moments)
+    dx = x.new_empty(x.shape if input else (0,))
+    return dx, dw, db, w_sq, b_sq, w_m2, b_m2
+
+
+@_fake("layer_norm_stats")
+def _(*args):  # type: ignore[no-untyped-def]
+    return _fake_norm(*args, dim=2)
+
+
+@_fake("group_norm_stats")
+def _(*args):  # type: ignore[no-untyped-def]
+    return _fake_norm(*args, dim=1)
+
+
+@_fake("embedding_stats")
+def _(
+    ids: Tensor, g: Tensor, num_embeddings: int, padding_idx: int, moments: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _stats(g, ids.shape[0], (num_embeddings, g.shape[2]), True, moments)
+
+
+@_fake("conv_stats")
+def _(x, g, kernel_size, stride, padding, dilation, groups, weight, bias, moments):  # type: ignore[no-untyped-def]
+    shape = (g.shape[1], x.shape[1] // groups, *kernel_size)
+    dw, w_sq, w_m2 = _stats(x, x.shape[0], shape, weight, moments)
+    db, b_sq, b_m2 = _stats(g, x.shape[0], shape[:1], bias, moments)
+    return dw, db, w_sq, b_sq, w_m2, b_m2
+
+
+@_fake("multi_sq_norm")
+def _(tensors: Sequence[Tensor]) -> Tensor:
+    wide = {stats_dtype(t.dtype) for t in tensors}
+    dtype = torch.float64 if wide == {torch.float64} else torch.float32
+    return tensors[0].new_empty(len(tensors), dtype=dtype)

@@ -1,0 +1,135 @@
+"""Probes: zero tensors whose gradients are the statistics.
+
+Every forward pass of the model owns one leaf of shape (P, B + 1): a row per parameter, an entry per
+sample, and a last entry that counts how often the row was delivered. An operation that a rule
+handles takes its parameter's row as an input and returns the per-sample squared norms, followed by
+a 1, as the gradient of that row. So the state lives in the autograd graph: whatever the graph does
+(compilation, checkpointing, two live forwards), the rows do too.
+
+The second moments travel the same way on one leaf per parameter, shaped like it. These leaves have
+stride 0 and take no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ATTRIBUTE = "_gradstats"
+
+
+class Mark:
+    """What is known of a tensor that no sample is in: kept in its attribute `_gradstats`.
+
+    `name` is the parameter that it is (or a view of), None for a constant. `m2` is the probe of that
+    parameter's second moment, seen through the same views. `ids` are the rows that were looked up,
+    where the tensor is the result of an embedding without a batch dimension.
+    """
+
+    __slots__ = ("ids", "m2", "name", "num_embeddings", "padding_idx")
+
+    def __init__(
+        self,
+        name: str | None = None,
+        m2: Tensor | None = None,
+        ids: Tensor | None = None,
+        num_embeddings: int = 0,
+        padding_idx: int = -1,
+    ) -> None:
+        self.name = name
+        self.m2 = m2
+        self.ids = ids
+        self.num_embeddings = num_embeddings
+        self.padding_idx = padding_idx
+
+
+CONSTANT = Mark()
+
+
+class Probe(NamedTuple):
+    """Where one use of a parameter delivers: its row (B + 1,) and its second moment's leaf."""
+
+    row: Tensor | None
+    m2: Tensor | None
+
+
+NO_PROBE = Probe(None, None)
+
+
+def row_gradient(sq_norm: Tensor) -> Tensor:
+    """The gradient of a row: the squared norms (B,) and the count of this delivery."""
+    return torch.nn.functional.pad(sq_norm, (0, 1), value=1.0)
+
+
+def new_leaf(params: int, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(params, batch + 1, dtype=dtype, device=device, requires_grad=True)
+
+
+def new_m2_leaf(param: Tensor, dtype: torch.dtype) -> Tensor:
+    zero = torch.zeros((), dtype=dtype, device=param.device)
+    return zero.expand(param.shape).detach().requires_grad_()
+
+
+class Pass:
+    """One forward pass of the model: its batch size, its rows, and who used which parameter."""
+
+    def __init__(self, batch: int, leaf: Tensor, recomputing: bool = False) -> None:
+        self.batch = batch
+        self.leaf = leaf
+        self.rows = leaf.unbind(0)
+        self.recomputing = recomputing  # a checkpoint runs part of it again, in the backward
+        self.skipped = False  # part of it ran without gradients, as in a reentrant checkpoint
+        self.uses: dict[str, tuple[object, ...]] = {}  # the frames open at the first use
+
+
+@dataclass
+class Delivery:
+    """The rows of one pass after (part of) its backward: gradient (P, B + 1) on `leaf` or `rows`."""
+
+    batch: int
+    task: int  # the engine's number of the backward() call; passes of one call are one batch
+    leaf: Tensor | None = None
+    rows: Tensor | None = None
+
+    def gradient(self) -> Tensor:
+        rows = self.rows if self.leaf is None else self.leaf.grad
+        assert rows is not None
+        return rows
+
+
+@dataclass
+class Ledger:
+    """Collects deliveries between two steps. Filled by hooks that the autograd engine runs."""
+
+    deliveries: list[Delivery] = field(default_factory=list)
+    between: Callable[[], None] | None = None  # wants to run after each backward, before the next
+
+    def deliver(self, leaf: Tensor) -> None:
+        """Hook of a leaf that belongs to one eager pass; it may fire in several parts."""
+        task = torch._C._current_graph_task_id()
+        for known in self.deliveries:
+            if known.leaf is leaf:
+                known.task = min(known.task, task)
+                return
+        self.deliveries.append(Delivery(leaf.shape[1] - 1, task, leaf=leaf))
+
+    def deliver_shared(self, leaf: Tensor) -> None:
+        """Hook of the leaf that every run of a compiled graph shares: take the gradient away."""
+        rows, leaf.grad = leaf.grad, None
+        task = torch._C._current_graph_task_id()
+        self.deliveries.append(Delivery(leaf.shape[1] - 1, task, rows=rows))
+        if self.between is not None:  # no eager code runs before the next compiled forward
+            torch.autograd.Variable._execution_engine.queue_callback(self.between)  # type: ignore[attr-defined]
+
+    def take(self) -> list[Delivery]:
+        """Everything delivered since the last call. Also frees the leaves for what comes later."""
+        taken, self.deliveries = self.deliveries, []
+        for delivery in taken:
+            delivery.rows = delivery.gradient()
+            if delivery.leaf is not None:
+                delivery.leaf.grad, delivery.leaf = None, None
+        return taken

@@ -1,0 +1,91 @@
+"""From what the backward delivered to the record of a step, without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gradstats.errors import BatchDimError
+from gradstats.ops import ops
+from gradstats.probes import Delivery
+from gradstats.stats import Coverage, GradStats
+
+
+def group(deliveries: Sequence[Delivery]) -> list[tuple[int, Tensor]]:
+    """Deliveries of one backward() call are of the same samples: (batch, rows (P, B + 1)) each."""
+    groups: dict[int, tuple[int, Tensor]] = {}
+    for delivery in deliveries:
+        rows = delivery.gradient()
+        known = groups.get(delivery.task)
+        if known is None:
+            groups[delivery.task] = (delivery.batch, rows)
+            continue
+        if known[0] != delivery.batch:
+            raise BatchDimError(
+                f"one backward() went through forwards of {known[0]} and of {delivery.batch} samples, "
+                "so it is not known which gradients belong to the same sample. Call backward() for "
+                "each forward, or pass the samples through the model together."
+            )
+        groups[delivery.task] = (delivery.batch, known[1] + rows)
+    return list(groups.values())
+
+
+def build(
+    names: Sequence[str],
+    params: Sequence[Tensor],
+    groups: Sequence[tuple[int, Tensor]],
+    reasons: Mapping[str, str],
+    summed_loss: bool,
+    per_layer: bool,
+    m2: Mapping[str, Tensor],
+) -> GradStats:
+    """The record. `names` and `params` are all parameters in row order; `m2` their Σ(c_i − c̄)²."""
+    n = sum(batch for batch, _ in groups)
+    unit = 1.0 if summed_loss else float(n)  # g_i = unit · c_i
+    sq_norm = torch.cat([rows[:, :-1] for _, rows in groups], 1) * unit**2
+    counts = torch.stack([rows[:, -1] for _, rows in groups], 1)
+    device = sq_norm.device
+    received = [p.requires_grad and p.grad is not None for p in params]
+    trainable = [i for i, p in enumerate(params) if p.requires_grad]
+    host = torch.tensor(
+        [received, [name in reasons for name in names]], dtype=torch.bool, pin_memory=False
+    )
+    got, excused = host.to(device, non_blocking=True)
+    once = (counts <= 1).all(1) & (counts.sum(1) >= 1)
+    ok = (once | ~got) & ~excused
+    grad_sq = _grad_sq_norms(params, received, sq_norm) * (unit / max(n, 1)) ** 2
+    any_ok = ok.any()
+    grad_sq = torch.where(ok, grad_sq, torch.nan)
+    total = torch.where(ok.unsqueeze(1), sq_norm, 0.0).sum(0)
+    total = torch.where(any_ok, total, torch.nan)
+    keep = torch.tensor(trainable).to(device, non_blocking=True)
+    whole = len(trainable) == len(names)
+    return GradStats(
+        num_samples=n,
+        num_groups=1,
+        mean_sq_norm=total.sum() / max(n, 1),
+        grad_sq_norm=torch.where(any_ok, torch.where(ok, grad_sq, 0.0).sum(), torch.nan),
+        per_sample_sq_norm=total,
+        coverage=Coverage(
+            tuple(names[i] for i in trainable),
+            tuple(params[i].numel() for i in trainable),
+            ok if whole else ok[keep],
+            reasons,
+        ),
+        grad_var={name: t.mul_(unit**2 / (n - 1)) for name, t in m2.items()} if n > 1 else {},
+        layer_sq_norm=(sq_norm if whole else sq_norm[keep]) if per_layer else None,
+        layer_grad_sq_norm=(grad_sq if whole else grad_sq[keep]) if per_layer else None,
+    )
+
+
+def _grad_sq_norms(params: Sequence[Tensor], received: Sequence[bool], like: Tensor) -> Tensor:
+    grads = [p.grad for p, yes in zip(params, received, strict=True) if yes]
+    if not grads:
+        return like.new_zeros(len(params))
+    norms = ops.multi_sq_norm([g.to_dense() if g.is_sparse else g for g in grads]).to(like.dtype)  # type: ignore[union-attr]
+    if all(received):
+        return norms  # type: ignore[no-any-return]
+    where = torch.tensor([i for i, yes in enumerate(received) if yes]).to(like.device)
+    return like.new_zeros(len(params)).index_copy(0, where, norms)

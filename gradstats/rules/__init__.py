@@ -1,0 +1,65 @@
+"""Rules: for each torch function, how to compute it so that it delivers per-sample statistics.
+
+A rule is a pure function `rule(use, func, *args, **kwargs)`. It gets the torch function and the very
+arguments of the call, asks `use` for the probes of the parameters among them, and returns what the
+function would return. Add one with the decorator:
+
+    @rule(torch.nn.functional.linear)
+    def linear(use, func, x, weight, bias=None): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
+
+from torch import Tensor
+
+from gradstats.probes import Mark, Probe
+
+
+class Use(Protocol):
+    """What a rule may ask of the forward pass it runs in."""
+
+    batch_dim: int
+    batch: int  # B, samples in this forward pass
+
+    def mark(self, tensor: object) -> Mark | None:
+        """The mark of a tensor without samples; None for anything else."""
+
+    def tracked(self, *tensors: object) -> bool:
+        """Whether any of these is a trainable parameter, or a view or lookup of one."""
+
+    def probe(self, tensor: Tensor | None) -> Probe:
+        """The probe of a parameter; counts as a use of it."""
+
+    def batch_first(self, tensor: Tensor) -> Tensor:
+        """`tensor` with its samples in dimension 0; raises BatchDimError where they are not."""
+
+    def is_batched(self, tensor: Tensor) -> bool:
+        """Whether `tensor` has B entries where the samples are expected."""
+
+    def unruled(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Go on as if there were no rule for this call."""
+
+    def refuse(self, what: str, instead: str) -> NoReturn:
+        """Raise UnsupportedLayerError, naming the layer."""
+
+
+Rule = Callable[..., Any]
+RULES: dict[Callable[..., Any], Rule] = {}
+
+
+def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Register a rule for some torch functions."""
+
+    def register(function: Rule) -> Rule:
+        for key in functions:
+            RULES[key] = function
+        return function
+
+    return register
+
+
+# Imported for what they register.
+from gradstats.rules import conv, elementwise, embedding, linear, norm, view  # noqa: E402, F401

@@ -1,0 +1,105 @@
+"""Elementwise functions of an activation and a broadcast parameter: scales, shifts, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradstats.ops import ops
+from gradstats.probes import Mark, row_gradient
+from gradstats.reference import stats_dtype, sum_stats
+from gradstats.rules import Use, rule
+
+
+class Spread(torch.autograd.Function):
+    """A parameter expanded over the samples (a view); its gradient is theirs, one by one.
+
+    Autograd sums the gradient of whatever uses the result down to (B, *parameter), which is the
+    per-sample gradient; for a shift as large as the activation that is the activation's own.
+    """
+
+    @staticmethod
+    def forward(ctx, param, row, m2, batch, batch_dim, ndim, ids, num_embeddings, padding_idx):  # type: ignore[no-untyped-def]
+        ctx.shape, ctx.dtype, ctx.batch_dim = param.shape, param.dtype, batch_dim
+        ctx.rows = num_embeddings, padding_idx
+        ctx.save_for_backward(ids)
+        aligned = param.reshape((1,) * (ndim - param.dim()) + param.shape)
+        size = list(aligned.shape)
+        size[batch_dim] = batch
+        return aligned.expand(size)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        (ids,) = ctx.saved_tensors
+        moments = ctx.needs_input_grad[2]
+        c = g.movedim(ctx.batch_dim, 0)
+        batch = c.shape[0]
+        if ids is None:
+            total, sq_norm, m2 = sum_stats(c.reshape(batch, *ctx.shape), moments)
+        else:
+            total = c.sum(0, dtype=stats_dtype(c.dtype))
+            each = c.reshape(batch, ids.numel(), -1)
+            _, sq_norm, m2 = ops.embedding_stats(
+                ids.reshape(1, -1).expand(batch, -1), each, *ctx.rows, moments
+            )
+        total = total.reshape(ctx.shape).to(ctx.dtype)
+        return (
+            total if ctx.needs_input_grad[0] else None,
+            row_gradient(sq_norm) if ctx.needs_input_grad[1] else None,
+            m2 if moments else None,
+            None, None, None, None, None, None,
+        )  # fmt: skip
+
+
+def spread(use: Use, param: Tensor, mark: Mark, ndim: int) -> Any:
+    """`param` (broadcast against `ndim` dimensions) with a dimension of samples of its own."""
+    probe = use.probe(param)
+    return Spread.apply(
+        param, probe.row, probe.m2, use.batch, use.batch_dim, ndim,
+        mark.ids, mark.num_embeddings, mark.padding_idx,
+    )  # fmt: skip
+
+
+_METHODS = (
+    "add", "sub", "mul", "div", "true_divide", "add_", "sub_", "mul_", "div_",
+    "__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__",
+    "__mul__", "__rmul__", "__imul__", "__truediv__", "__rtruediv__", "__itruediv__",
+    "__div__", "__rdiv__", "__idiv__", "rsub", "maximum", "minimum", "pow", "__pow__",
+)  # fmt: skip
+_FUNCTIONS = ("add", "sub", "mul", "div", "true_divide", "rsub", "where", "maximum", "minimum",
+              "lerp", "addcmul", "pow")  # fmt: skip
+
+
+@rule(
+    *(getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)),
+    *(getattr(torch, name) for name in _FUNCTIONS),
+)
+def elementwise(use: Use, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not use.tracked(*args):
+        return use.unruled(func, args, kwargs)
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    ndim = max(t.dim() for t in tensors)
+    batched = [t for t in tensors if use.mark(t) is None and t.dim() == ndim and use.is_batched(t)]
+    if not batched or "out" in kwargs or use.tracked(*kwargs.values()):
+        return use.unruled(func, args, kwargs)
+    return func(*(_operand(use, a, ndim) for a in args), **kwargs)
+
+
+def _operand(use: Use, arg: Any, ndim: int) -> Any:
+    if not use.tracked(arg):
+        return arg
+    mark = use.mark(arg)
+    assert mark is not None
+    offset = use.batch_dim - (ndim - arg.dim())
+    if offset >= 0 and arg.shape[offset] != 1:
+        use.refuse(
+            f"parameter {mark.name!r} of shape {tuple(arg.shape)} has its own entry where the "
+            "samples are, in an elementwise operation",
+            "give it a dimension of size 1 there, or say where the samples are with "
+            "attach(batch_dim=...)",
+        )
+    return spread(use, arg, mark, ndim)

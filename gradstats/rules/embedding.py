@@ -1,0 +1,88 @@
+"""Embedding lookups, with a batch dimension or, as for positions, without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradstats.ops import ops
+from gradstats.probes import ATTRIBUTE, Mark, row_gradient
+from gradstats.rules import Use, rule
+
+
+class Embedding(torch.autograd.Function):
+    """Rows of a weight; ids have their samples in dimension `batch_dim`."""
+
+    @staticmethod
+    def forward(ctx, weight, ids, row, m2, padding_idx, batch_dim):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(ids)
+        ctx.num_embeddings, ctx.padding_idx = weight.shape[0], padding_idx
+        ctx.batch_dim = batch_dim
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        (ids,) = ctx.saved_tensors
+        batch = ids.shape[ctx.batch_dim]
+        ids = ids.movedim(ctx.batch_dim, 0).reshape(batch, -1)
+        each = g.movedim(ctx.batch_dim, 0).reshape(batch, ids.shape[1], g.shape[-1])
+        moments = ctx.needs_input_grad[3]
+        dw, sq_norm, m2 = ops.embedding_stats(
+            ids, each, ctx.num_embeddings, ctx.padding_idx, moments
+        )
+        row = row_gradient(sq_norm) if ctx.needs_input_grad[2] else None
+        return dw, None, row, m2 if moments else None, None, None
+
+
+@rule(F.embedding)
+def embedding(
+    use: Use,
+    func: Callable[..., Any],
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    mark = use.mark(weight)
+    if mark is None or mark.ids is not None or not weight.requires_grad:
+        return use.unruled(func, (input, weight, *options), {})
+    if scale_grad_by_freq:
+        use.refuse(
+            "an embedding with scale_grad_by_freq=True divides by counts over the whole batch, so "
+            "its gradient is not a sum over samples",
+            "set scale_grad_by_freq=False",
+        )
+    if sparse:
+        use.refuse("an embedding with sparse=True has sparse gradients", "set sparse=False")
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    padding = -1 if padding_idx is None else padding_idx
+    if _without_samples(use, input):
+        out = func(input, weight, *options)
+        lookup = Mark(mark.name, mark.m2, input, weight.shape[0], padding)
+        setattr(out, ATTRIBUTE, lookup)
+        return out
+    use.batch_first(input)
+    if max_norm is not None:
+        with torch.no_grad():
+            torch.embedding_renorm_(weight, input.contiguous(), max_norm, norm_type)
+    probe = use.probe(weight)
+    return Embedding.apply(weight, input, probe.row, probe.m2, padding, use.batch_dim)
+
+
+def _without_samples(use: Use, ids: Tensor) -> bool:
+    """Whether ids are the same for every sample: made without the inputs, or too small for them."""
+    if use.mark(ids) is not None:
+        return True
+    if use.batch != 1 and ids.dim() <= 2 and ids.shape[0] == 1 and use.batch_dim == 0:
+        return True
+    return ids.dim() == 1 and not use.is_batched(ids)

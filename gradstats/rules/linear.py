@@ -1,0 +1,129 @@
+"""Products of an activation with a weight: linear, matmul, addmm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradstats.ops import ops
+from gradstats.probes import row_gradient
+from gradstats.rules import Use, rule
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The arguments as autocast would cast them for a matrix product or a convolution."""
+    first = next(t for t in tensors if t is not None)
+    kind = first.device.type
+    if not torch.is_autocast_enabled(kind) or first.dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+class Linear(torch.autograd.Function):
+    """y = x Wᵀ + b, or y = x W + b with `transposed`; x has its samples in dimension `batch_dim`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, row_w, m2_w, row_b, m2_b, batch_dim, transposed):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        ctx.batch_dim, ctx.transposed = batch_dim, transposed
+        if not transposed:
+            out = F.linear(x, weight, bias)
+            # A view made in here could not be modified in place by the model; this is not one.
+            return torch.ops.aten._unsafe_view(out, out.shape)
+        if bias is not None and x.dim() == 2:
+            return torch.addmm(bias, x, weight)
+        out = torch.matmul(x, weight) if bias is None else torch.matmul(x, weight) + bias
+        return torch.ops.aten._unsafe_view(out, out.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        needs_x, needs_w, needs_b, *_ = ctx.needs_input_grad
+        gx = None
+        if needs_x:
+            gx = g @ (weight.t() if ctx.transposed else weight)
+        dw = db = row_w = row_b = None
+        m2_w = m2_b = None
+        if needs_w or needs_b:
+            xs, gs = _three(x, ctx.batch_dim), _three(g, ctx.batch_dim)
+            moments = ctx.needs_input_grad[4] or ctx.needs_input_grad[6]
+            flipped = ctx.transposed and needs_w
+            left, right = (gs, xs) if flipped else (xs, gs)
+            with_bias = needs_b and not flipped
+            dw, db, w_sq, b_sq, m2_w, m2_b = ops.linear_stats(
+                left, right, needs_w, with_bias, moments
+            )
+            if flipped and needs_b:  # the bias belongs to the output side, here the left one
+                _, db, _, b_sq, _, m2_b = ops.linear_stats(xs, gs, False, True, moments)
+            row_w = row_gradient(w_sq) if needs_w else None
+            row_b = row_gradient(b_sq) if needs_b else None
+        needs = ctx.needs_input_grad
+        return (
+            gx,
+            dw if needs_w else None,
+            db if needs_b else None,
+            row_w if needs[3] else None,
+            m2_w if needs[4] else None,
+            row_b if needs[5] else None,
+            m2_b if needs[6] else None,
+            None,
+            None,
+        )
+
+
+def _three(t: Tensor, batch_dim: int) -> Tensor:
+    """(B, T, features) from any rank."""
+    t = t.movedim(batch_dim, 0)
+    return t.unsqueeze(1) if t.dim() == 2 else t.reshape(t.shape[0], -1, t.shape[-1])
+
+
+def _apply(
+    use: Use, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False
+) -> Any:
+    use.batch_first(x)
+    probes = *use.probe(weight), *use.probe(bias)
+    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
+    return Linear.apply(x, weight, bias, *probes, use.batch_dim, transposed)
+
+
+@rule(F.linear)
+def linear(
+    use: Use, func: Callable[..., Any], input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Any:
+    if not use.tracked(weight, bias) or weight.dim() != 2 or _marked(use, input):
+        return use.unruled(func, (input, weight, bias), {})
+    return _apply(use, input, weight, bias)
+
+
+@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def matmul(use: Use, func: Callable[..., Any], input: Tensor, other: Tensor) -> Any:
+    if use.tracked(other) and not _marked(use, input) and other.dim() == 2:
+        return _apply(use, input, other, None, transposed=True)
+    if use.tracked(input) and not _marked(use, other) and input.dim() == 2 and other.dim() > 2:
+        return _apply(use, other.transpose(-1, -2), input, None).transpose(-1, -2)
+    return use.unruled(func, (input, other), {})
+
+
+@rule(torch.addmm, Tensor.addmm)
+def addmm(
+    use: Use, func: Callable[..., Any], input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any
+) -> Any:
+    plain = kwargs.get("beta", 1) == 1 and kwargs.get("alpha", 1) == 1 and "out" not in kwargs
+    is_bias = input.dim() == 1 and input.shape[0] == mat2.shape[1]
+    if not plain or not is_bias or _marked(use, mat1) or not _weight_like(use, mat2):
+        return use.unruled(func, (input, mat1, mat2), kwargs)
+    return _apply(use, mat1, mat2, input, transposed=True)
+
+
+def _marked(use: Use, tensor: object) -> bool:
+    return use.mark(tensor) is not None
+
+
+def _weight_like(use: Use, tensor: Tensor) -> bool:
+    return use.tracked(tensor) or not tensor.requires_grad

@@ -1,0 +1,193 @@
+"""The record of one optimizer step: exact per-sample gradient statistics, on the device.
+
+Write c_i for sample i's contribution to `p.grad` over the step and N for the number of samples; in
+the units of the record the gradient of sample i is g_i = N·c_i (g_i = c_i for a summed loss), so
+that their mean is the gradient of the mean loss, Ḡ. With Σ the covariance of the g_i and G their true
+mean (McCandlish et al., arXiv:1812.06162, appendix A.1):
+
+    mean_sq_norm      = mean ‖g_i‖²                                E = |G|² + tr Σ
+    grad_sq_norm      = ‖Ḡ‖²                                       E = |G|² + tr Σ / N
+    tr_sigma          = (mean_sq_norm − grad_sq_norm)·N/(N − K)    unbiased
+    true_grad_sq_norm = grad_sq_norm − tr_sigma·K/N                unbiased; may be negative
+    noise_scale       = tr_sigma / true_grad_sq_norm
+
+K is the number of independent mean gradients a record holds: 1 for a step, more after a merge. A
+step of one sample has no variance: its tr_sigma and what follows from it are NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from gradstats.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """What a whole record and each of its layers have in common. All tensors are 0-d."""
+
+    num_samples: int
+    num_groups: int
+    mean_sq_norm: Tensor
+    grad_sq_norm: Tensor
+
+    @property
+    def tr_sigma(self) -> Tensor:
+        """Trace of the per-sample gradient covariance, unbiased. NaN where N = K."""
+        n, k = self.num_samples, self.num_groups
+        spread = self.mean_sq_norm - self.grad_sq_norm
+        return spread * (n / (n - k)) if n > k else torch.full_like(spread, torch.nan)
+
+    @property
+    def true_grad_sq_norm(self) -> Tensor:
+        """|G|², unbiased: negative where the noise happens to outweigh it."""
+        return self.grad_sq_norm - self.tr_sigma * (self.num_groups / max(self.num_samples, 1))
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """B_noise of this record alone, in samples; a ratio of noisy numbers, see `Monitor`."""
+        return self.tr_sigma / self.true_grad_sq_norm
+
+
+@dataclass(frozen=True)
+class LayerStats(_Moments):
+    """The same for one parameter: `per_sample_sq_norm` is (N,)."""
+
+    per_sample_sq_norm: Tensor
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the model a record speaks for. Reading it waits for the device."""
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    measured_mask: Tensor
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        mask = self.measured_mask.tolist()
+        return tuple(n for n, ok in zip(self.names, mask, strict=True) if ok)
+
+    @property
+    def fraction(self) -> float:
+        """Measured share of the trainable parameters' entries, 0 to 1."""
+        mask = self.measured_mask.tolist()
+        done = sum(s for s, ok in zip(self.sizes, mask, strict=True) if ok)
+        return done / sum(self.sizes) if sum(self.sizes) else 0.0
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Names of the parameters that were not measured, each with the reason."""
+        unseen = (
+            "its gradient did not come through operations of the forward that gradstats saw, once "
+            "each: was backward called twice through one forward, or is the parameter used outside "
+            "the model's forward, as by a penalty added to the loss?"
+        )
+        known = set(self.measured)
+        return {n: self.reasons.get(n, unseen) for n in self.names if n not in known}
+
+
+class _Layers(Mapping[str, LayerStats]):
+    """Views into the record's vectors, made when they are asked for."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[int], LayerStats]) -> None:
+        self._index = {name: i for i, name in enumerate(names)}
+        self._make = make
+
+    def __getitem__(self, name: str) -> LayerStats:
+        return self._make(self._index[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+
+@dataclass(frozen=True)
+class GradStats(_Moments):
+    """Statistics of one step, of this process's samples. Nothing here was read from the device yet.
+
+    `per_sample_sq_norm`: (N,), ‖g_i‖² over all measured parameters. `layer_*` are the same per
+    parameter, in the order of `coverage.names`: `layer_sq_norm` (P, N), `layer_grad_sq_norm` (P,).
+    `grad_var`: with `moments=True`, each measured weight's unbiased per-sample gradient variance, in
+    the weight's shape; its sum is that layer's `tr_sigma`.
+    """
+
+    per_sample_sq_norm: Tensor
+    coverage: Coverage
+    grad_var: Mapping[str, Tensor] = field(default_factory=dict)
+    layer_sq_norm: Tensor | None = None
+    layer_grad_sq_norm: Tensor | None = None
+
+    @property
+    def layers(self) -> Mapping[str, LayerStats]:
+        """Per parameter, by name; parameters that were not measured hold NaN."""
+        rows, grads = self.layer_sq_norm, self.layer_grad_sq_norm
+        if rows is None or grads is None:
+            return {}
+
+        def make(i: int) -> LayerStats:
+            ok = self.coverage.measured_mask[i]
+            row = torch.where(ok, rows[i], torch.nan)
+            mean = row.sum() / max(self.num_samples, 1)
+            return LayerStats(self.num_samples, self.num_groups, mean, grads[i], row)
+
+        return _Layers(self.coverage.names, make)
+
+    def merge(self, other: GradStats) -> GradStats:
+        """Pool two records of different samples, exactly: as if both had been summed at once.
+
+        Each keeps its own mean gradient (steps, or workers that do not average), so the variance is
+        the pooled one within them, with N − K degrees of freedom. Associative. The parameters must
+        be the same; elementwise variances are pooled by their degrees of freedom.
+        """
+        if self.coverage.names != other.coverage.names:
+            raise InvalidArgumentError(
+                "records of different models cannot be merged: their parameters are "
+                f"{list(self.coverage.names)[:3]}… and {list(other.coverage.names)[:3]}…"
+            )
+        n, m = self.num_samples, other.num_samples
+        total = max(n + m, 1)
+
+        def pool(a: Tensor, b: Tensor) -> Tensor:
+            return (a * n + b * m) / total
+
+        both = self.coverage.measured_mask & other.coverage.measured_mask
+        reasons = {**self.coverage.reasons, **other.coverage.reasons}
+        rows = grads = None
+        if self.layer_sq_norm is not None and other.layer_sq_norm is not None:
+            assert self.layer_grad_sq_norm is not None
+            assert other.layer_grad_sq_norm is not None
+            rows = torch.cat([self.layer_sq_norm, other.layer_sq_norm], 1)
+            grads = pool(self.layer_grad_sq_norm, other.layer_grad_sq_norm)
+        free, more = n - self.num_groups, m - other.num_groups
+        return GradStats(
+            num_samples=n + m,
+            num_groups=self.num_groups + other.num_groups,
+            mean_sq_norm=pool(self.mean_sq_norm, other.mean_sq_norm),
+            grad_sq_norm=pool(self.grad_sq_norm, other.grad_sq_norm),
+            per_sample_sq_norm=torch.cat([self.per_sample_sq_norm, other.per_sample_sq_norm]),
+            coverage=Coverage(self.coverage.names, self.coverage.sizes, both, reasons),
+            grad_var={
+                name: (free * var + more * other.grad_var[name]) / max(free + more, 1)
+                for name, var in self.grad_var.items()
+                if name in other.grad_var
+            },
+            layer_sq_norm=rows,
+            layer_grad_sq_norm=grads,
+        )
+
+    @staticmethod
+    def merge_all(records: Sequence[GradStats]) -> GradStats:
+        """All records of a list, pooled."""
+        if not records:
+            raise InvalidArgumentError("merge_all needs at least one record")
+        return reduce(GradStats.merge, records)

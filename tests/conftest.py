@@ -1,0 +1,9 @@
+"""Helpers beside the tests (`oracle`, `models`) are imported by name."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(2)
