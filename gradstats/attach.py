@@ -18,7 +18,7 @@ ENTRY = "_gradstats_entry"
 
 def _entered_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     interposer, path, original = self.__dict__[ENTRY]
-    if interposer is None:  # unpickled: the class's own forward is back in place already
+    if interposer is None:  # a copy of an attached model, or one that was pickled
         return original(*args, **kwargs)
     return interposer.enter(self, path, original, args, kwargs)
 
@@ -33,6 +33,8 @@ def plain(model: nn.Module) -> nn.Module:
 
 def install(model: nn.Module, batch_dim: int, moments: bool, chunk_bytes: int) -> Interposer:
     """Attach to `model`. Raises AttachError where that cannot give right numbers."""
+    if not any(_entered(m) for m in model.modules()):
+        _leave(model)  # what a copy of an attached model still carries
     aliases = _aliases(model)
     params = dict(model.named_parameters())
     _check(model, params)
@@ -57,6 +59,13 @@ def install(model: nn.Module, batch_dim: int, moments: bool, chunk_bytes: int) -
 
 def uninstall(model: nn.Module) -> None:
     """Undo `install`: modules and tensors are left as they were."""
+    _leave(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if hasattr(tensor, ATTRIBUTE):
+            delattr(tensor, ATTRIBUTE)
+
+
+def _leave(model: nn.Module) -> None:
     for module in model.modules():
         if ENTRY not in module.__dict__:
             continue
@@ -66,9 +75,10 @@ def uninstall(model: nn.Module) -> None:
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = own
-    for tensor in (*model.parameters(), *model.buffers()):
-        if hasattr(tensor, ATTRIBUTE):
-            delattr(tensor, ATTRIBUTE)
+
+
+def _entered(module: nn.Module) -> bool:
+    return ENTRY in module.__dict__ and module.__dict__[ENTRY][0] is not None
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -85,7 +95,7 @@ def _check(model: nn.Module, params: dict[str, nn.Parameter]) -> None:
             f"{type(model).__name__} has no trainable parameter, so it has no gradient to measure. "
             "Call requires_grad_(True) on what is to be trained, then attach."
         )
-    taken = [n for n, m in model.named_modules() if ENTRY in m.__dict__]
+    taken = [n for n, m in model.named_modules() if _entered(m)]
     if taken:
         raise AttachError(
             f"{type(model).__name__} (module {taken[0]!r}) is attached to a monitor already. Use "

@@ -62,7 +62,7 @@ class NoiseScale:
         range_ = f"({100 * self.confidence:.3g}% interval {readable(self.low)} {end})"
         advice = [] if self.actionable else ["too uncertain to act on: measure more steps"]
         if self.num_steps == 0:
-            head = "noise scale unknown: no step with two or more samples and finite statistics"
+            head = "noise scale unknown: no variance, for no step had two samples or more and finite values"
             advice = ["measure steps of at least two samples"]
         elif math.isnan(self.value):
             head = f"noise scale unknown: neither |G|² nor tr Σ averages above zero, {basis}"

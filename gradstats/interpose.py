@@ -115,11 +115,11 @@ class Interposer(TorchFunctionMode):
         self._canonical = {alias: name for name, group in aliases.items() for alias in group}
         self._passes: list[Pass] = []
 
-    def __deepcopy__(self, memo: Any) -> Interposer:
-        return self  # a copy of the model delivers nothing: its parameters carry no marks
+    def __deepcopy__(self, memo: Any) -> None:
+        """Copies and pickles of an attached model come without: their entries hold None."""
 
     def __reduce__(self) -> Any:
-        return (_nobody, ())  # a pickled model comes back without statistics
+        return (_nobody, ())
 
     # ---- entering ----------------------------------------------------------------------------
 
@@ -142,6 +142,8 @@ class Interposer(TorchFunctionMode):
             with self:
                 return self._enter_nested(module, path, original, args, kwargs)
         finally:
+            if self.current is not None:
+                self.current.inputs = ()
             self.current = None
 
     def _enter_traced(self, original: Any, args: Any, kwargs: Any) -> Any:
@@ -153,6 +155,7 @@ class Interposer(TorchFunctionMode):
         comptime(lambda ctx: _ensure_shared_leaf(ctx))
         assert key is not None
         self.current = Pass(batch, getattr(self, f"_leaf_{batch}"))
+        self.current.look_at(tensors_in((args, kwargs)), self.batch_dim)
         self.batch = batch
         try:
             with self:
@@ -223,6 +226,7 @@ class Interposer(TorchFunctionMode):
         leaf = new_leaf(len(self.index), batch, self.dtype, self.device)
         leaf.register_post_accumulate_grad_hook(self.ledger.deliver)
         opened = Pass(batch, leaf)
+        opened.look_at(tensors_in((args, kwargs)), self.batch_dim)
         self._passes.append(opened)
         return opened
 
@@ -341,6 +345,10 @@ class Interposer(TorchFunctionMode):
 
     def is_batched(self, tensor: Tensor) -> bool:
         return tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == self.batch
+
+    def is_ambiguous(self, tensor: Tensor) -> bool:
+        assert self.current is not None
+        return self.current.square and all(tensor is not t for t in self.current.inputs)
 
     def batch_first(self, tensor: Tensor) -> Tensor:
         if not self.is_batched(tensor):

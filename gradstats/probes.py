@@ -12,7 +12,7 @@ stride 0 and take no memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -84,6 +84,16 @@ class Pass:
         self.recomputing = recomputing  # a checkpoint runs part of it again, in the backward
         self.skipped = False  # part of it ran without gradients, as in a reentrant checkpoint
         self.uses: dict[str, tuple[object, ...]] = {}  # the frames open at the first use
+        self.inputs: tuple[Tensor, ...] = ()
+        self.square = False  # an input has as many positions as there are samples
+
+    def look_at(self, inputs: Iterable[Tensor], batch_dim: int) -> None:
+        """Remember the inputs, which hold samples, until the forward is over."""
+        self.inputs = tuple(inputs)
+        for tensor in self.inputs:
+            for dim, size in enumerate(tensor.shape):
+                if dim != batch_dim and size == self.batch:
+                    self.square = True
 
 
 @dataclass

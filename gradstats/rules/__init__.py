@@ -39,6 +39,9 @@ class Use(Protocol):
     def is_batched(self, tensor: Tensor) -> bool:
         """Whether `tensor` has B entries where the samples are expected."""
 
+    def is_ambiguous(self, tensor: Tensor) -> bool:
+        """Whether a tensor with one dimension of B could as well be without samples."""
+
     def unruled(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """Go on as if there were no rule for this call."""
 

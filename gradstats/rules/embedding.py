@@ -83,6 +83,14 @@ def _without_samples(use: Use, ids: Tensor) -> bool:
     """Whether ids are the same for every sample: made without the inputs, or too small for them."""
     if use.mark(ids) is not None:
         return True
-    if use.batch != 1 and ids.dim() <= 2 and ids.shape[0] == 1 and use.batch_dim == 0:
+    if use.batch != 1 and ids.dim() == 2 and ids.shape[0] == 1 and use.batch_dim == 0:
         return True
-    return ids.dim() == 1 and not use.is_batched(ids)
+    if ids.dim() != 1:
+        return False
+    if use.is_batched(ids) and use.is_ambiguous(ids):
+        use.refuse(
+            f"{ids.shape[0]} ids could be one id per sample or one per position, for the batch has "
+            f"{use.batch} samples and its input another dimension of {use.batch} too",
+            "give the ids two dimensions, (samples, 1) or (1, positions)",
+        )
+    return not use.is_batched(ids)

@@ -1,0 +1,235 @@
+"""The monitor in a loop: the closed form, resuming, records, the import's weight, the layers' order."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import loss
+from oracle import assert_matches, per_sample_gradients
+from torch import nn
+
+import gradstats
+
+ROOT = Path(__file__).parent.parent
+
+
+def _regression(dim: int, noise: float, seed: int):
+    """y = x·w* + ε: tr Σ = 4[(d+1)|δ|² + d·σ²], |G|² = 4|δ|², and B_noise their ratio."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Linear(dim, 1, bias=False)
+    delta = torch.randn(dim, generator=generator) * 0.5
+    nn.init.zeros_(model.weight)
+    target = -delta
+
+    def draw(n: int):
+        x = torch.randn(n, dim, generator=generator)
+        return x, x @ target + noise * torch.randn(n, generator=generator)
+
+    square = float(delta.square().sum())
+    tr_sigma = 4 * ((dim + 1) * square + dim * noise**2)
+    return model, draw, tr_sigma, 4 * square
+
+
+def test_closed_form_regression_is_unbiased_and_covered() -> None:
+    model, draw, tr_sigma, grad_sq = _regression(8, 1.5, 0)
+    monitor = gradstats.attach(model)
+    for _ in range(4000):
+        x, y = draw(32)
+        model.zero_grad()
+        (model(x).squeeze(1) - y).square().mean().backward()
+        monitor.step()
+    noise = monitor.noise_scale()
+    counts, traces, squares = monitor._series()
+    assert set(counts) == {32}
+    assert sum(traces) / len(traces) == pytest.approx(tr_sigma, rel=0.01)
+    assert sum(squares) / len(squares) == pytest.approx(grad_sq, rel=0.02)
+    assert noise.low < tr_sigma / grad_sq < noise.high
+    assert noise.high / noise.low < 1.2
+
+
+def test_resuming_is_exact() -> None:
+    def steps(model, draw, monitor, n):
+        for _ in range(n):
+            x, y = draw(16)
+            model.zero_grad()
+            (model(x).squeeze(1) - y).square().mean().backward()
+            monitor.step()
+
+    model, draw, *_ = _regression(5, 1.0, 1)
+    monitor = gradstats.attach(model, every=2)
+    steps(model, draw, monitor, 9)
+    state = json.loads(json.dumps(monitor.state_dict()))
+    monitor.detach()
+    second = gradstats.attach(model, every=2)
+    second.load_state_dict(state)
+    assert second.noise_scale() == monitor.noise_scale()
+    assert second.recommend().batch_size == monitor.recommend().batch_size
+    assert second._interposer.enabled == monitor._interposer.enabled
+    steps(model, draw, second, 3)
+    assert second.noise_scale().num_steps == monitor.noise_scale().num_steps + 1
+
+
+def test_recommendation_reads_the_optimizer() -> None:
+    model, draw, *_ = _regression(8, 1.0, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0625)
+    monitor = gradstats.attach(model, optimizer=optimizer)
+    for _ in range(300):
+        x, y = draw(16)
+        optimizer.zero_grad()
+        (model(x).squeeze(1) - y).square().mean().backward()
+        monitor.step()
+    advice = monitor.recommend()
+    assert advice.present_batch_size == 16
+    assert advice.learning_rate is not None
+    assert advice.micro_batch_size * advice.accumulation_steps == advice.batch_size
+    assert str(advice.batch_size) in str(advice)
+    assert monitor.recommend(learning_rate=1.0).learning_rate > advice.learning_rate
+
+
+def test_records_merge_exactly() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    monitor = gradstats.attach(model, moments=True)
+    records, grads = [], []
+    for n in (3, 5, 2):
+        data = torch.randn(n, 4)
+        truth = per_sample_gradients(model, loss, data)
+        grads.append(torch.cat([g.reshape(n, -1) for g in truth.values()], 1))
+        model.zero_grad()
+        loss(model, data).backward()
+        records.append(monitor.step())
+    a, b, c = records
+    merged = a.merge(b).merge(c)
+    within = sum((g - g.mean(0)).square().sum() for g in grads)
+    assert merged.num_samples == 10
+    assert float(merged.tr_sigma) == pytest.approx(float(within) / (10 - 3), rel=1e-4)
+    other = a.merge(b.merge(c))
+    for name in ("mean_sq_norm", "grad_sq_norm", "tr_sigma", "true_grad_sq_norm"):
+        torch.testing.assert_close(getattr(merged, name), getattr(other, name))
+    torch.testing.assert_close(merged.per_sample_sq_norm, torch.cat(
+        [r.per_sample_sq_norm for r in records]))  # fmt: skip
+    total = sum(float(v.sum()) for v in merged.grad_var.values())
+    assert total == pytest.approx(float(merged.tr_sigma), rel=1e-4)
+    assert torch.equal(gradstats.GradStats.merge_all(records).tr_sigma, merged.tr_sigma)
+    with gradstats.attach(nn.Linear(2, 2)) as stranger:
+        stranger._model(torch.randn(3, 2)).sum().backward()
+        with pytest.raises(gradstats.InvalidArgumentError, match="different models"):
+            a.merge(stranger.step())
+
+
+def test_layers_add_up_and_can_be_left_out() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    data = torch.randn(5, 4)
+    with gradstats.attach(model, moments=True) as monitor:
+        loss(model, data).backward()
+        stats = monitor.step()
+    for field in ("mean_sq_norm", "grad_sq_norm", "tr_sigma", "true_grad_sq_norm"):
+        parts = sum(getattr(layer, field) for layer in stats.layers.values())
+        torch.testing.assert_close(parts, getattr(stats, field), rtol=1e-4, atol=1e-5)
+    for name, layer in stats.layers.items():
+        torch.testing.assert_close(stats.grad_var[name].sum(), layer.tr_sigma, rtol=1e-4, atol=1e-5)
+    with gradstats.attach(model, per_layer=False) as monitor:
+        model.zero_grad()
+        loss(model, data).backward()
+        assert monitor.step().layers == {}
+
+
+def test_add_a_rule() -> None:
+    from gradstats.rules import RULES
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3))
+
+        def forward(self, x):
+            return torch.hypot(x, self.w)
+
+    def spread_it(use, func, x, w):
+        from gradstats.rules.elementwise import spread
+
+        return func(x, spread(use, w, use.mark(w), x.dim()))
+
+    gradstats.rule(torch.hypot)(spread_it)
+    try:
+        model, data = Half(), torch.randn(5, 3)
+        true = per_sample_gradients(model, loss, data)
+        monitor = gradstats.attach(model)
+        loss(model, data).backward()
+        assert_matches(monitor.step(), true, 1e-5)
+        assert not monitor._interposer.fallbacks
+    finally:
+        del RULES[torch.hypot]
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, gradstats\n"
+        "heavy = {'torch', 'triton', 'numpy', 'scipy', 'rich', 'typer', 'gradstats._C'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "import gradstats.kernels\n"
+        "assert 'triton' not in sys.modules\n"
+        "gradstats.attach\n"
+        "import torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'triton' not in sys.modules and 'gradstats._C' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_works_without_triton_and_without_the_extension() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['triton'] = None; sys.modules['gradstats._C'] = None\n"
+        "import torch, gradstats\n"
+        "m = torch.nn.Linear(3, 2); monitor = gradstats.attach(m, moments=True)\n"
+        "m(torch.randn(4, 3)).square().sum().backward()\n"
+        "s = monitor.step()\n"
+        "assert s.coverage.fraction == 1 and float(s.tr_sigma) > 0\n"
+        "from gradstats import backends\n"
+        "assert backends.choose('linear_stats', 'cpu', torch.float32) == 'reference'\n"
+        "try:\n"
+        "    with backends.use('cpu'): torch.ops.gradstats.multi_sq_norm([torch.ones(2)])\n"
+        "except gradstats.BackendError as e: assert 'GRADSTATS_BUILD=cpu' in str(e)\n"
+        "else: raise SystemExit('no error')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# Who may import whom inside the package; everything else is a mistake.
+EDGES = {
+    "errors": set(),
+    "reference": set(),
+    "estimators": {"errors"},
+    "advice": {"errors", "estimators"},
+    "stats": {"errors"},
+    "backends": {"errors", "reference"},
+    "ops": {"backends", "reference"},
+    "probes": set(),
+    "rules": {"ops", "probes", "reference", "rules"},
+    "interpose": {"errors", "probes", "rules"},
+    "fallback": {"interpose", "probes", "reference"},
+    "attach": {"errors", "fallback", "interpose", "probes"},
+    "record": {"errors", "ops", "probes", "stats"},
+    "moments": {"interpose"},
+    "monitor": {"advice", "attach", "errors", "estimators", "moments", "record", "stats"},
+}
+
+
+@pytest.mark.parametrize("part", EDGES)
+def test_imports_go_one_way(part: str) -> None:
+    place = ROOT / "gradstats" / part
+    files = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    found = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gradstats"):
+                parts = (node.module or "").split(".")
+                found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    assert found <= EDGES[part], f"{part} imports {found - EDGES[part]}"
