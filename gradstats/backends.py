@@ -31,7 +31,7 @@ _TRITON = {  # operation -> module of gradstats.kernels
 }
 _CUDA = ("multi_sq_norm",)
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _forced: str | None = None
 
@@ -94,8 +94,8 @@ def refusal(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
             return why
         if op not in _TRITON:
             return f"there is no Triton kernel for {op}"
-        if dtype not in _TRITON_DTYPES:
-            return f"its kernels take {_list(_TRITON_DTYPES)}, not {dtype}"
+        if dtype not in _GPU_DTYPES:
+            return f"its kernels take {_list(_GPU_DTYPES)}, not {dtype}"
         if device == "cuda" or (device == "cpu" and interpreting()):
             return None
         return f"it needs CUDA tensors (or TRITON_INTERPRET=1), not {device} ones"
@@ -106,6 +106,8 @@ def refusal(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
         return f"it needs {name} tensors, not {device} ones"
     if name == "cuda" and (op not in _CUDA or not module.build_info["cuda"]):
         return f"the extension has no CUDA kernel for {op}; build it with GRADSTATS_BUILD=cuda"
+    if name == "cuda" and dtype not in _GPU_DTYPES:
+        return f"its kernels take {_list(_GPU_DTYPES)}, not {dtype}"
     if name == "cpu" and dtype not in _CPU_DTYPES and op != "multi_sq_norm":
         return f"its kernels take {_list(_CPU_DTYPES)}, not {dtype}"
     return None

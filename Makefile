@@ -1,0 +1,47 @@
+# Everything works on a fresh machine: each target sets up what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+# A CPU build of torch by default; set TORCH to the requirement you want, for example TORCH=torch.
+TORCH ?= torch==2.13.0
+CLANG_FORMAT := $(BIN)/clang-format
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.cpp)
+
+.PHONY: help setup demo test lint bench clean
+
+help:  ## what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP)  ## make .venv and build the extension into it
+
+$(STAMP): pyproject.toml setup.py $(CPP)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing torch and the build tools (once) ..."
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel pybind11 ninja numpy
+	@echo "Building gradstats (some minutes the first time) ..."
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test,lint]"
+	@$(BIN)/python -m pip install -q --no-deps "triton>=3.5" || echo "no triton here: going on without"
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## train a small network, measure its noise scale, recommend a batch size
+	$(BIN)/python -m gradstats demo $(ARGS)
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff, mypy and clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(CLANG_FORMAT) --dry-run --Werror $(CPP)
+
+bench: $(STAMP)  ## time the operations and whole training steps
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --benchmark-group-by=group
+	$(BIN)/python bench/step_overhead.py
+	$(BIN)/python bench/peak_memory.py
+
+clean:  ## remove what was built
+	rm -rf $(VENV) build dist *.egg-info gradstats/*.so

@@ -1,0 +1,183 @@
+"""What the compiler made of every Triton kernel: registers, local memory, shared memory, opcodes.
+
+Needs no GPU: the wrappers plan on meta tensors, their launches are caught and compiled.
+Run `python bench/static_table.py` to write bench/results/static.md.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gradstats.kernels import _common, linear_config, linear_stats, norm_stats
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+WATCHED = ("HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG", "STG", "BAR", "LDL", "STL")
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    opcodes: Counter[str]
+
+    @property
+    def spills(self) -> bool:
+        """Local memory in any form."""
+        return bool(self.stack or self.local or self.opcodes["LDL"] or self.opcodes["STL"])
+
+
+@contextmanager
+def caught() -> Iterator[list[Launch]]:
+    """Catch launches instead of running them."""
+    launches: list[Launch] = []
+
+    def catch(kernel, grid, args, num_warps, num_stages=1):  # type: ignore[no-untyped-def]
+        launches.append(Launch(kernel, grid, args, num_warps, num_stages))
+
+    original, _common.launch = _common.launch, catch
+    try:
+        yield launches
+    finally:
+        _common.launch = original
+
+
+def source(launch: Launch) -> ASTSource:
+    """Types and specialisation as the JIT would see them: 1 is a constant, 16 divides."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attrs: dict[tuple[int], list[Any]] = {}
+    constexprs = {p.name for p in launch.kernel.params if p.is_constexpr}
+    for index, name in enumerate(launch.kernel.arg_names):
+        value = launch.args[name]
+        if name in constexprs or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            attrs[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attrs[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attrs)
+
+
+def identity(launch: Launch) -> tuple[str, int, int]:
+    """Launches that share it share their code."""
+    return source(launch).hash(), launch.num_warps, launch.num_stages
+
+
+def build(launch: Launch, arch: int) -> Compiled:
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    made = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        sass = _tool("cuobjdump", "-sass", file.name)
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)", sass))
+    return Compiled(used["REG"], used["STACK"], used["LOCAL"], made.metadata.shared, opcodes)
+
+
+def _tool(name: str, *args: str) -> str:
+    command = [str(TOOLS / name), *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def linear_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """One call per configuration; the sizes fit the tile, as in an ordinary model."""
+    for dtype, moments, c in linear_config.all_configs():
+        t = {"rank_one": 1, "gram": c.block_t}.get(c.path, max(c.block_t, 64))
+        x = torch.empty(8, t, 768, dtype=dtype, device="meta")
+        tile = f"{c.block_o}×{c.block_i}×{c.block_t} w{c.num_warps} s{c.num_stages}"
+        name = f"linear {c.path} {tile} {TYPES[dtype]}{' moments' if moments else ''}"
+        yield name, lambda x=x, m=moments, c=c: linear_stats.weight_stats(x, x, m, c)
+
+
+def norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for dtype in _common.DTYPES:
+        for d in (64, 768, 8192):
+            x = torch.empty(8, 256, d, dtype=dtype, device="meta")
+            stat = torch.empty(8, 256, device="meta")
+            scale = torch.empty(d, dtype=dtype, device="meta")
+            yield (
+                f"layer_norm D={d} {TYPES[dtype]}",
+                lambda x=x, s=stat, w=scale: norm_stats.layer_norm_stats(
+                    x, x, s, s, w, True, True, True, True
+                ),
+            )
+        x = torch.empty(8, 256, 1024, dtype=dtype, device="meta")
+        stat = torch.empty(8, 32, device="meta")
+        scale = torch.empty(256, dtype=dtype, device="meta")
+        yield (
+            f"group_norm S=1024 {TYPES[dtype]}",
+            lambda x=x, s=stat, w=scale: norm_stats.group_norm_stats(
+                x, x, s, s, w, True, True, True, True
+            ),
+        )
+
+
+def launches_of(call: Callable[[], Any]) -> list[Launch]:
+    with caught() as launches:
+        call()
+    return launches
+
+
+def rows(arch: int) -> Iterator[str]:
+    seen: set[tuple[str, int, int]] = set()
+    for name, call in (*linear_cases(), *norm_cases()):
+        for launch in launches_of(call):
+            if identity(launch) in seen:
+                continue
+            seen.add(identity(launch))
+            c = build(launch, arch)
+            counts = " | ".join(str(c.opcodes[op]) for op in WATCHED)
+            yield (f"| {name} | `{launch.kernel.__name__}` | {launch.num_warps * 32} | "
+                   f"{c.registers} | {c.stack + c.local} | {c.shared} | {counts} |")  # fmt: skip
+
+
+def main() -> None:
+    out = Path(__file__).parent / "results" / "static.md"
+    head = ("case", "kernel", "threads", "registers", "local bytes", "shared bytes", *WATCHED)
+    lines = [
+        "# Triton kernels as compiled",
+        "",
+        "Read from the compiled code, without a GPU; no timing. Counts are static instructions.",
+        f"Written by `python bench/static_table.py` with triton {triton.__version__}.",
+    ]
+    for arch in (90,):
+        lines += ["", f"## sm_{arch}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines += rows(arch)
+    out.parent.mkdir(exist_ok=True)
+    out.write_text("\n".join(lines) + "\n")
+    print(out.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Weight gradient of a linear layer with per-sample statistics, in one pass over x and g.
+
+Three exact paths, chosen per call by `config` from their cost:
+rank one (T = 1), Gram (short T, norms only), fused (everything else).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradstats.kernels import _common
+from gradstats.kernels._common import cdiv
+from gradstats.kernels.linear_config import Config, config
+from gradstats.kernels.linear_short import dot, gram_sq_norm, rank_one_m2, rank_one_sq_norm
+from gradstats.reference import LinearStats, sum_stats
+
+OP = "linear_stats"
+MERGE_BLOCK = 1024
+
+
+@triton.jit
+def _fused_kernel(
+    x, g, dw, m2, slab, batch, len_t, len_i, len_o, wide_i, wide_o, per_split,
+    x_b, x_t, x_i, g_b, g_t, g_o,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr, MOMENTS: tl.constexpr,
+):  # fmt: skip
+    """One tile of dW over the samples of one split, in order.
+
+    G_b = Σ_t g_bt x_btᵀ stays in registers for as long as it takes to square it:
+    slab[b, tile] = Σ G_b², dw[split] = Σ_b G_b, and with MOMENTS Welford's
+    d = G_b − mean, m2 += d²·n/(n+1), the n samples before b having that mean (Welford 1962).
+    """
+    num_tiles = tl.num_programs(0)
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    tiles_o = tl.cdiv(len_o, BLOCK_O)
+    tiles_i = tl.cdiv(len_i, BLOCK_I)
+    # Neighbouring programs share rows of g and of x, so that both are found in L2.
+    tile_o, tile_i = tl.swizzle2d(tile // tiles_i, tile % tiles_i, tiles_o, tiles_i, 8)
+    offs_o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_t = tl.arange(0, BLOCK_T)
+    in_o = offs_o < wide_o  # the inputs may carry padding, the outputs do not
+    in_i = offs_i < wide_i
+    # 64-bit before the multiplication: B·T·I passes 2³¹ in ordinary training.
+    g_first = g + offs_o.to(tl.int64)[:, None] * g_o + offs_t.to(tl.int64)[None, :] * g_t
+    x_first = x + offs_t.to(tl.int64)[:, None] * x_t + offs_i.to(tl.int64)[None, :] * x_i
+
+    first = split * per_split
+    last = tl.minimum(first + per_split, batch)
+    blocks_t = tl.cdiv(len_t, BLOCK_T)
+    total = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
+    spread = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
+    # One loop over (sample, block of positions): nested loops would drain the load pipeline at the
+    # end of every sample.
+    for step in range(0, (last - first) * blocks_t):
+        done = step // blocks_t
+        t = (step - done * blocks_t) * BLOCK_T
+        sample = first.to(tl.int64) + done
+        rows = t.to(tl.int64)
+        in_t = offs_t < len_t - t
+        g_tile = tl.load(
+            g_first + (sample * g_b + rows * g_t), mask=in_o[:, None] & in_t[None, :], other=0.0
+        )
+        x_tile = tl.load(
+            x_first + (sample * x_b + rows * x_t), mask=in_t[:, None] & in_i[None, :], other=0.0
+        )
+        acc = dot(g_tile, x_tile, acc)
+        if t + BLOCK_T >= len_t:  # acc is this sample's G_b
+            tl.store(slab + sample * num_tiles + tile, tl.sum(acc * acc))
+            if MOMENTS:
+                n = done.to(tl.float32)
+                d = acc - total * (1.0 / tl.maximum(n, 1.0))
+                spread += d * (d * (n / (n + 1.0)))
+            total += acc
+            acc = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
+
+    corner = (split.to(tl.int64) * len_o + tile_o * BLOCK_O) * len_i + tile_i * BLOCK_I
+    out = tl.arange(0, BLOCK_O)[:, None] * len_i + tl.arange(0, BLOCK_I)[None, :]
+    inside = (offs_o < len_o)[:, None] & (offs_i < len_i)[None, :]
+    tl.store(dw + corner + out, total.to(dw.dtype.element_ty), mask=inside)
+    if MOMENTS:
+        tl.store(m2 + corner + out, spread, mask=inside)
+
+
+@triton.jit
+def _merge_kernel(
+    sums, spreads, dw, m2, size, batch, per_split, splits,
+    MOMENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add the splits' sums in order; merge (n, sum, m2) by Chan, Golub & LeVeque (1979):
+    m2 = m2_a + m2_b + (mean_b − mean_a)²·n_a n_b/(n_a + n_b).
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.load(sums + at, mask=inside, other=0.0)
+    if MOMENTS:
+        spread = tl.load(spreads + at, mask=inside, other=0.0)
+    seen = tl.minimum(per_split, batch).to(tl.float32)
+    here = at
+    for s in range(1, splits):
+        here += size
+        more = tl.load(sums + here, mask=inside, other=0.0)
+        n = tl.minimum(per_split, batch - s * per_split).to(tl.float32)
+        if MOMENTS:
+            d = more * (1.0 / n) - total * (1.0 / seen)
+            spread += tl.load(spreads + here, mask=inside, other=0.0)
+            spread += d * (d * (seen * n / (seen + n)))
+        total += more
+        seen += n
+    tl.store(dw + at, total.to(dw.dtype.element_ty), mask=inside)
+    if MOMENTS:
+        tl.store(m2 + at, spread, mask=inside)
+
+
+def _fused(x: Tensor, g: Tensor, moments: bool, c: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """dW, squared norms and m2 in one pass over the samples, merged where the batch is split."""
+    (batch, len_t, len_i), len_o = x.shape, g.shape[2]
+    x, g = _common.loadable(x), _common.loadable(g)
+    tiles = cdiv(len_o, c.block_o) * cdiv(len_i, c.block_i)
+    per_split = cdiv(batch, c.splits)
+    splits = cdiv(batch, per_split)  # every split has samples
+    f32 = {"dtype": torch.float32, "device": x.device}
+    slab = torch.empty(batch, tiles, **f32)
+    dw = torch.empty(len_o, len_i, dtype=x.dtype, device=x.device)
+    m2 = torch.empty((len_o, len_i) if moments else (0,), **f32)
+    sums, spreads = dw, m2
+    if splits > 1:
+        sums = torch.empty(splits, len_o, len_i, **f32)
+        spreads = torch.empty((splits, len_o, len_i) if moments else (0,), **f32)
+    _common.launch(
+        _fused_kernel,
+        (tiles, splits),
+        {
+            "x": x, "g": g, "dw": sums, "m2": spreads, "slab": slab, "batch": batch,
+            "len_t": len_t, "len_i": len_i, "len_o": len_o, "wide_i": x.shape[2],
+            "wide_o": g.shape[2], "per_split": per_split,
+            "x_b": x.stride(0), "x_t": x.stride(1), "x_i": x.stride(2),
+            "g_b": g.stride(0), "g_t": g.stride(1), "g_o": g.stride(2),
+            "BLOCK_O": c.block_o, "BLOCK_I": c.block_i, "BLOCK_T": c.block_t, "MOMENTS": moments,
+        },
+        c.num_warps,
+        c.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        size = len_o * len_i
+        _common.launch(
+            _merge_kernel,
+            (cdiv(size, MERGE_BLOCK),),
+            {
+                "sums": sums, "spreads": spreads, "dw": dw, "m2": m2, "size": size, "batch": batch,
+                "per_split": per_split, "splits": splits, "MOMENTS": moments, "BLOCK": MERGE_BLOCK,
+            },
+            4,
+        )  # fmt: skip
+    return dw, slab.sum(1), m2
+
+
+def weight_stats(x: Tensor, g: Tensor, moments: bool, c: Config) -> tuple[Tensor, Tensor, Tensor]:
+    if c.path == "fused":
+        return _fused(x, g, moments, c)
+    dw = g.reshape(-1, g.shape[2]).t() @ x.reshape(-1, x.shape[2])
+    if c.path == "gram":
+        return dw, gram_sq_norm(x, g, c), x.new_empty(0, dtype=torch.float32)
+    m2 = rank_one_m2(x[:, 0], g[:, 0]) if moments else x.new_empty(0, dtype=torch.float32)
+    return dw, rank_one_sq_norm(x, g, c), m2
+
+
+def linear_stats(x: Tensor, g: Tensor, weight: bool, bias: bool, moments: bool) -> LinearStats:
+    """As gradstats.reference.linear_stats; float32, bfloat16 and float16, any strides."""
+    _common.check_inputs(OP, x=x, g=g)
+    if x.dim() != 3 or g.dim() != 3 or x.shape[:2] != g.shape[:2]:
+        _common.refuse(OP, f"x is {tuple(x.shape)}, g is {tuple(g.shape)}",
+                       "Expected (B, T, I) and (B, T, O)")  # fmt: skip
+    if x.dtype != g.dtype:
+        _common.refuse(OP, f"x is {x.dtype}, g is {g.dtype}", "Give both one dtype")
+    (batch, len_t, len_i), len_o = x.shape, g.shape[2]
+    none = x.new_empty(0, dtype=torch.float32)
+    dw, w_sq, w_m2, db, b_sq, b_m2 = x.new_empty(0), none, none, x.new_empty(0), none, none
+    if weight and x.numel() and g.numel():
+        c = config(batch, len_t, len_i, len_o, x.dtype, moments, _common.num_sms(x))
+        dw, w_sq, w_m2 = weight_stats(x, g, moments, c)
+    elif weight:  # nothing to add up
+        dw, w_sq = x.new_zeros(len_o, len_i), none.new_zeros(batch)
+        w_m2 = none.new_zeros((len_o, len_i) if moments else (0,))
+    if bias:
+        db, b_sq, b_m2 = sum_stats(g.sum(1, dtype=torch.float32), moments)
+    return dw, db.to(g.dtype), w_sq, b_sq, w_m2, b_m2

@@ -1,0 +1,268 @@
+"""Triton kernels against the reference in float64, under Triton's interpreter on the CPU.
+
+The interpreter has to be chosen before the kernels are imported, so the checks below (functions
+named `check_*`) run in a pytest process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from gradstats import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Norms, m2, gradients. The interpreter truncates to bfloat16 where a GPU rounds: 1 ulp, not half.
+TOLERANCE = {
+    torch.float32: (1e-5, 1e-4, 1e-5),
+    torch.bfloat16: (2e-3, 2e-3, 8e-3),
+    torch.float16: (2e-3, 2e-3, 1e-3),
+}
+LAYOUTS = ("contiguous", "positions first", "every other", "one off", "expanded", "all alike")
+
+
+def version(module) -> tuple[int, ...]:
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
+def test_kernels_under_the_interpreter():
+    triton = pytest.importorskip("triton")
+    if version(triton) < (3, 7) and version(numpy) >= (2, 4):
+        pytest.skip("the interpreter of triton < 3.7 fails with numpy >= 2.4")
+    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, "-o", "python_functions=check_*"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """Fresh memory holds NaN, so that whatever a kernel fails to write shows."""
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    assert torch.ones(1).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def random(*shape: int, dtype: torch.dtype, layout: str = "contiguous") -> torch.Tensor:
+    """(B, T, D) values in some memory layout."""
+    b, t, d = shape
+    if layout == "positions first":
+        return torch.randn(b, d, t).to(dtype).transpose(1, 2)
+    if layout == "every other":
+        return torch.randn(2 * b, 2 * t, 2 * d).to(dtype)[::2, 1::2, ::2]
+    if layout == "one off":
+        return torch.randn(b * t * d + 1).to(dtype)[1:].view(b, t, d)
+    if layout == "expanded":
+        return torch.randn(b, 1, d).to(dtype).expand(b, t, d)
+    if layout == "all alike":
+        return torch.randn(1, 1, 1).to(dtype).expand(b, t, d)
+    return torch.randn(b, t, d).to(dtype)
+
+
+def wide(value):
+    return value.double() if isinstance(value, torch.Tensor) else value
+
+
+def compare(got, expected, dtype: torch.dtype, names: str) -> None:
+    sq, m2, gradient = TOLERANCE[dtype]
+    for name, a, e in zip(names.split(), got, expected, strict=True):
+        assert a.shape == e.shape, (name, a.shape, e.shape)
+        assert not a.isnan().any(), name
+        limit = sq if name.endswith("sq") else m2 if name.endswith("m2") else gradient
+        if a.numel():
+            scale = e.abs() if name.endswith("sq") else e.abs().max()
+            worst = ((a.double() - e).abs() / scale.clamp_min(1e-12)).max().item()
+            assert worst <= limit, (name, worst, limit)
+        if not name.startswith("d"):
+            assert a.dtype == torch.float32, name
+
+
+LINEAR = "dw db w_sq b_sq w_m2 b_m2"
+NORM = f"dx {LINEAR}"
+
+
+def linear(x, g, *flags):
+    from gradstats.kernels.linear_stats import linear_stats
+
+    got = linear_stats(x, g, *flags)
+    compare(got, reference.linear_stats(wide(x), wide(g), *flags), x.dtype, LINEAR)
+    return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(3, 70, 40, 72), (5, 1, 33, 7), (1, 5, 64, 48), (4, 20, 17, 130), (2, 131, 3, 5)]
+)
+def check_linear(shape, moments, dtype):
+    b, t, i, o = shape
+    linear(random(b, t, i, dtype=dtype), random(b, t, o, dtype=dtype), True, True, moments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("t", [1, 6, 48])
+def check_linear_layouts(t, layout, dtype):
+    x = random(3, t, 32, dtype=dtype, layout=layout)
+    g = random(3, t, 24, dtype=dtype, layout=LAYOUTS[-1 - LAYOUTS.index(layout)])
+    linear(x, g, True, True, False)
+    if "all alike" not in (layout, LAYOUTS[-1 - LAYOUTS.index(layout)]):  # no spread to compare
+        linear(x, g, True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("splits", "block"), [(1, (64, 64, 16)), (3, (64, 64, 16)), (5, (128, 64, 64))]
+)
+def check_fused_splits(splits, block):
+    """Splits of unequal sizes, tiles that stick out."""
+    from gradstats.kernels import linear_config, linear_stats
+
+    x, g = random(7, 33, 70, dtype=torch.float32), random(7, 33, 130, dtype=torch.float32)
+    c = linear_config.Config("fused", *block, 4, 1, splits)
+    for moments in (False, True):
+        got = linear_stats.weight_stats(x, g, moments, c)
+        dw, _, sq, _, m2, _ = reference.linear_stats(wide(x), wide(g), True, False, moments)
+        compare(got, (dw, sq, m2), x.dtype, "dw w_sq w_m2")
+        again = linear_stats.weight_stats(x, g, moments, c)
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+def check_paths_agree():
+    from gradstats.kernels import linear_config, linear_stats
+
+    x, g = random(3, 40, 24, dtype=torch.float32), random(3, 40, 20, dtype=torch.float32)
+    tiles = {c.path: c for dtype, _, c in linear_config.all_configs() if dtype == x.dtype}
+    gram = linear_stats.weight_stats(x, g, False, replace(tiles["gram"], block_t=16))
+    fused = linear_stats.weight_stats(x, g, False, tiles["fused"])
+    torch.testing.assert_close(gram[1], fused[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("t", [1, 20])
+def check_moments_of_nearly_identical_samples(t):
+    """The spread is 1e-6 of the mean square: Σc² − (Σc)²/N in float32 has no digit left."""
+    x = random(1, t, 24, dtype=torch.float32) + 1e-3 * random(6, t, 24, dtype=torch.float32)
+    g = random(1, t, 20, dtype=torch.float32) + 1e-3 * random(6, t, 20, dtype=torch.float32)
+    expected = reference.linear_stats(wide(x), wide(g), True, True, True)
+    from gradstats.kernels.linear_stats import linear_stats
+
+    got = linear_stats(x, g, True, True, True)
+    for a, e in ((got[4], expected[4]), (got[5], expected[5])):
+        assert (a >= 0).all()
+        assert ((a - e).norm() / e.norm()).item() < 1e-3
+    each = torch.einsum("bto,bti->boi", g, x)
+    naive = each.square().sum(0) - each.sum(0).square() / 6
+    assert ((naive - expected[4]).norm() / expected[4].norm()).item() > 1e-2
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 2), (3, 0, 3, 2), (1, 1, 1, 1), (1, 3, 1, 1)])
+def check_linear_extremes(shape):
+    b, t, i, o = shape
+    x, g = torch.randn(b, t, i), torch.randn(b, t, o)
+    got = linear(x, g, True, True, True)
+    if b == 1:
+        assert not got[4].any()  # one sample has no spread
+    for flags in ((True, False, False), (False, True, True), (False, False, True)):
+        linear(x, g, *flags)
+
+
+def layer_norm(x, g, scale, rms, *flags):
+    from gradstats.kernels.norm_stats import layer_norm_stats
+
+    mean = None if rms else x.float().mean(-1)
+    rstd = (x.float().square().mean(-1) + 1e-5).rsqrt()  # any factor will do
+    args = (g, x, mean, rstd, scale)
+    got = layer_norm_stats(*args, *flags)
+    compare(got, reference.layer_norm_stats(*map(wide, args), *flags), x.dtype, NORM)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("shape", [(3, 70, 40), (2, 1, 700), (1, 5, 64), (40, 9, 17)])
+def check_layer_norm(shape, rms, dtype):
+    x, g = random(*shape, dtype=dtype) + 1, random(*shape, dtype=dtype)
+    layer_norm(x, g, torch.randn(shape[2]).to(dtype), rms, True, True, True, True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def check_norm_layouts(layout):
+    g = random(3, 12, 20, dtype=torch.float32, layout=layout)
+    x = random(3, 12, 20, dtype=torch.float32, layout="every other")
+    layer_norm(x, g, torch.randn(20), False, True, True, True, False)
+    group_norm(x, g, 4, torch.randn(12), True, True, True, False)
+
+
+@pytest.mark.parametrize("flags", [(1, 0, 0, 0), (0, 1, 0, 1), (0, 0, 1, 1), (1, 1, 0, 0)])
+def check_norm_flags(flags):
+    flags = tuple(map(bool, flags))
+    x, g = (random(3, 12, 20, dtype=torch.float32) for _ in range(2))
+    for scale in (True, False):
+        layer_norm(x, g, torch.randn(20) if scale else None, False, *flags)
+        layer_norm(x, g, torch.randn(20) if scale else None, True, *flags)
+        group_norm(x, g, 3, torch.randn(12) if scale else None, *flags)
+
+
+def check_norm_mixed_dtypes():
+    """As under autocast: 16-bit activations, 32-bit parameters."""
+    x, g = (random(3, 12, 20, dtype=torch.bfloat16) for _ in range(2))
+    layer_norm(x, g, torch.randn(20), False, True, True, True, True)
+    group_norm(x, g, 3, torch.randn(12), True, True, True, True)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (3, 0, 3)])
+def check_norm_without_elements(shape):
+    x, g = torch.randn(shape), torch.randn(shape)
+    layer_norm(x, g, torch.randn(3), False, True, True, True, True)
+
+
+def group_norm(x, g, groups, scale, *flags):
+    from gradstats.kernels.norm_stats import group_norm_stats
+
+    grouped = x.float().reshape(x.shape[0], groups, -1)
+    mean, rstd = grouped.mean(-1), (grouped.var(-1, unbiased=False) + 1e-5).rsqrt()
+    args = (g, x, mean, rstd, scale)
+    got = group_norm_stats(*args, *flags)
+    compare(got, reference.group_norm_stats(*map(wide, args), *flags), x.dtype, NORM)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [(3, 12, 49, 4), (2, 6, 2100, 2), (1, 8, 5, 1), (4, 6, 7, 6)])
+def check_group_norm(case, dtype):
+    *shape, groups = case
+    x, g = random(*shape, dtype=dtype) + 1, random(*shape, dtype=dtype)
+    group_norm(x, g, groups, torch.randn(shape[1]).to(dtype), True, True, True, True)
+
+
+def check_refusals():
+    from gradstats.errors import BackendError
+    from gradstats.kernels.linear_stats import linear_stats
+    from gradstats.kernels.norm_stats import layer_norm_stats
+
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(BackendError, match=r"x has dtype torch\.float64"):
+        linear_stats(x.double(), x.double(), True, True, True)
+    with pytest.raises(BackendError, match=r"x is torch.float32, g is torch.bfloat16"):
+        linear_stats(x, x.bfloat16(), True, True, True)
+    with pytest.raises(BackendError, match=r"g is \(2, 2, 4\)"):
+        linear_stats(x, x[:, :2], True, True, True)
+    with pytest.raises(BackendError, match=r"rstd has shape \(2, 2\). Expected \(2, 3\)"):
+        layer_norm_stats(x, x, None, x[:, :2, 0], None, True, True, True, True)
+    long = torch.randn(1, 1, 8200)
+    with pytest.raises(BackendError, match="D is 8200"):
+        layer_norm_stats(long, long, None, long[..., 0], None, True, True, True, True)

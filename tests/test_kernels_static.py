@@ -1,0 +1,119 @@
+"""What the compiler makes of the Triton kernels, read without a GPU, and what plans them."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+)
+
+PATH = Path(__file__).parents[1] / "bench" / "static_table.py"
+spec = importlib.util.spec_from_file_location("static_table", PATH)
+table = importlib.util.module_from_spec(spec)
+sys.modules["static_table"] = table
+spec.loader.exec_module(table)
+
+# float16 compiles to bfloat16's code but for the opcode's type; the table in bench/ has it.
+CASES = [c for c in (*table.linear_cases(), *table.norm_cases()) if "fp16" not in c[0]]
+built: dict[tuple[object, int], object] = {}
+
+
+def build(launch, arch):
+    key = (table.identity(launch), arch)
+    if key not in built:
+        built[key] = table.build(launch, arch)
+    return built[key]
+
+
+@pytest.mark.parametrize(("name", "call"), CASES, ids=[c[0] for c in CASES])
+def test_sm_90(name, call):
+    launches = table.launches_of(call)
+    assert launches
+    for launch in launches:
+        made = build(launch, 90)
+        assert not made.spills, (launch.kernel.__name__, made)
+        assert made.shared <= table.SHARED_LIMIT[90]
+        threads = launch.num_warps * 32
+        assert made.registers * threads <= 65536
+    if "fused" in name and "bf16" in name:
+        assert build(launches[0], 90).opcodes["HGMMA"], "no wgmma"
+        assert build(launches[0], 90).opcodes["LDGSTS"], "no asynchronous copies"
+
+
+def test_the_reader_sees_spills():
+    """A tile that cannot fit in registers must be reported."""
+    x = torch.empty(8, 64, 768, dtype=torch.bfloat16, device="meta")
+    c = table.linear_config.Config("fused", 128, 128, 16, 4, 1)
+    (launch,) = table.launches_of(lambda: table.linear_stats.weight_stats(x, x, True, c))
+    assert build(launch, 90).spills
+
+
+@pytest.mark.parametrize(("arch", "opcode"), [(80, "HMMA"), (100, "UTCHMMA")])
+def test_other_architectures(arch, opcode):
+    x = torch.empty(8, 64, 768, dtype=torch.bfloat16, device="meta")
+    c = table.linear_config.Config("fused", 128, 128, 64, 8, 4)
+    (launch,) = table.launches_of(lambda: table.linear_stats.weight_stats(x, x, False, c))
+    made = build(launch, arch)
+    assert not made.spills
+    assert made.opcodes[opcode]
+    assert made.shared <= table.SHARED_LIMIT[arch]
+
+
+@pytest.mark.parametrize(("i", "o"), [(770, 768)])
+def test_odd_widths_keep_asynchronous_copies(i, o):
+    x = torch.empty(8, 64, i, dtype=torch.bfloat16, device="meta")
+    g = torch.empty(8, 64, o, dtype=torch.bfloat16, device="meta")
+    c = table.linear_config.Config("fused", 128, 128, 64, 8, 4)
+    (launch,) = table.launches_of(lambda: table.linear_stats.weight_stats(x, g, False, c))
+    made = build(launch, 90)
+    assert made.opcodes["LDGSTS"]
+    assert not made.opcodes["LDG"]
+    assert not made.spills
+
+
+def test_config_stays_within_all_configs():
+    from gradstats.kernels.linear_config import MAX_SPLITS, Config, all_configs, config
+
+    known = set(all_configs())
+    sizes = (1, 2, 7, 16, 100, 768, 3000, 50257)
+    for batch, t, i, o in itertools.product((1, 2, 13, 64), (1, 2, 17, 33, 64, 1024), sizes, sizes):
+        for dtype, moments in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+            c = config(batch, t, i, o, dtype, moments)
+            assert 1 <= c.splits <= min(batch, MAX_SPLITS)
+            assert (dtype, moments, Config(**{**vars(c), "splits": 1})) in known
+
+
+def test_config_chooses_by_cost():
+    from gradstats.kernels.linear_config import config
+
+    bf16 = torch.bfloat16
+    assert config(64, 1, 768, 768, bf16, False).path == "rank_one"
+    assert config(64, 16, 768, 768, bf16, False).path == "gram"
+    assert config(64, 16, 768, 768, bf16, True).path == "fused"  # the Gram has no elements
+    assert config(16, 1024, 768, 768, bf16, False).path == "fused"
+    assert config(16, 1024, 768, 50257, bf16, False).splits == 1  # tiles enough
+    assert config(16, 1024, 768, 768, bf16, False).splits > 1
+
+
+@pytest.mark.parametrize("module", ["gradstats.kernels", "gradstats.kernels.linear_config"])
+def test_import_is_light(module):
+    code = f"import sys, {module}; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_cpu_tensors_are_refused():
+    from gradstats.errors import BackendError
+
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(BackendError, match=r"tensors are on cpu.*TRITON_INTERPRET=1"):
+        table.linear_stats.linear_stats(x, x, True, False, False)
