@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._dynamo.comptime import comptime
 from torch.overrides import TorchFunctionMode
 
 from gradstats.errors import BatchDimError, UnsupportedLayerError
@@ -152,6 +151,8 @@ class Interposer(TorchFunctionMode):
         # Multiplying a tuple specialises a symbolic batch size: the rows need a number.
         batch = len((0,) * self._batch_size("the model", args, kwargs))
         key = self.key
+        from torch._dynamo.comptime import comptime  # the compiler is loaded by now, and only now
+
         comptime(lambda ctx: _ensure_shared_leaf(ctx))
         assert key is not None
         self.current = Pass(batch, getattr(self, f"_leaf_{batch}"))
