@@ -17,9 +17,9 @@ from gradstats.errors import (
 
 if TYPE_CHECKING:
     from gradstats import backends
+    from gradstats.advice import BatchSizeAdvice, recommend
     from gradstats.estimators import NoiseScale
     from gradstats.monitor import Monitor, attach
-    from gradstats.advice import BatchSizeAdvice, recommend
     from gradstats.rules import rule
     from gradstats.stats import GradStats
 

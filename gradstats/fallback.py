@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
@@ -247,13 +248,20 @@ class _Corrected(TorchFunctionMode):
     """vmap over an embedding's weight forgets `padding_idx`: keep those rows from the gradient."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is torch.nn.functional.embedding:
-            ids, weight, padding_idx, *_ = (*args, *(kwargs or {}).values(), None)
-            if padding_idx is not None:
-                padding = (ids == padding_idx % weight.shape[0]).unsqueeze(-1)
-                out = torch.where(padding, out.detach(), out)
+        kwargs = kwargs or {}
+        if func is not F.embedding:
+            return func(*args, **kwargs)
+        return _embedding(*args, **kwargs)
+
+
+def _embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    out = F.embedding(input, weight, padding_idx, *args, **kwargs)
+    if padding_idx is None:
         return out
+    padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
+    return torch.where(padding, out.detach(), out)
 
 
 def _outputs_and_gradients(out: Any, params: list[Tensor]) -> list[Tensor]:

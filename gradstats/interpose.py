@@ -21,20 +21,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gradstats.errors import BatchDimError, UnsupportedLayerError
-from gradstats.probes import ATTRIBUTE, CONSTANT, NO_PROBE, Delivery, Ledger, Mark, Pass, Probe, new_leaf
+from gradstats.probes import (
+    ATTRIBUTE,
+    CONSTANT,
+    NO_PROBE,
+    Delivery,
+    Frame,
+    Ledger,
+    Mark,
+    Pass,
+    Probe,
+    new_leaf,
+)
 from gradstats.rules import RULES
 
 _live: weakref.WeakValueDictionary[int, Interposer] = weakref.WeakValueDictionary()
 _keys = itertools.count()
-
-
-class Frame:
-    """One run of one module's forward."""
-
-    __slots__ = ("path",)
-
-    def __init__(self, path: str) -> None:
-        self.path = path
 
 
 class NeedsFallback(BaseException):
@@ -261,9 +263,7 @@ class Interposer(TorchFunctionMode):
 
     # ---- torch functions ---------------------------------------------------------------------
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.current is None or self.suspended:
             return func(*args, **kwargs)

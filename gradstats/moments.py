@@ -39,9 +39,7 @@ class SecondMoments:
         found: dict[str, Tensor] = {}
         total = sum(batches)
         complete = len(snapshots) == len(batches) - 1
-        for i, (name, param) in enumerate(
-            zip(self._interposer.index, self._params(), strict=True)
-        ):
+        for i, (name, param) in enumerate(zip(self._interposer.index, self._params(), strict=True)):
             probe = self._interposer.marks[name].m2
             assert probe is not None
             m2, probe.grad = probe.grad, None

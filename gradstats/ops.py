@@ -79,7 +79,7 @@ def _(x: Tensor, g: Tensor, weight: bool, bias: bool, moments: bool) -> LinearSt
 
 def _fake_norm(
     g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, scale: Tensor | None,
-    input: bool, weight: bool, bias: bool, moments: bool, dim: int,
+    input: bool, weight: bool, bias: bool, moments: bool, *, dim: int,
 ) -> NormStats:  # fmt: skip
     like = x if scale is None else scale
     dw, w_sq, w_m2 = _stats(like, x.shape[0], (x.shape[dim],), weight, moments)

@@ -74,6 +74,15 @@ def new_m2_leaf(param: Tensor, dtype: torch.dtype) -> Tensor:
     return zero.expand(param.shape).detach().requires_grad_()
 
 
+class Frame:
+    """One run of one module's forward."""
+
+    __slots__ = ("path",)
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+
 class Pass:
     """One forward pass of the model: its batch size, its rows, and who used which parameter."""
 
@@ -83,7 +92,7 @@ class Pass:
         self.rows = leaf.unbind(0)
         self.recomputing = recomputing  # a checkpoint runs part of it again, in the backward
         self.skipped = False  # part of it ran without gradients, as in a reentrant checkpoint
-        self.uses: dict[str, tuple[object, ...]] = {}  # the frames open at the first use
+        self.uses: dict[str, tuple[Frame, ...]] = {}  # the frames open at the first use
         self.inputs: tuple[Tensor, ...] = ()
         self.square = False  # an input has as many positions as there are samples
 

@@ -214,10 +214,11 @@ def conv_stats(
         like = x.new_empty(shape, dtype=wide)
 
         def contribution(xb: Tensor, gb: Tensor) -> Tensor:
-            return torch.ops.aten.convolution_backward(
+            grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
                 gb.unsqueeze(0).to(wide), xb.unsqueeze(0).to(wide), like, None, stride, padding,
                 dilation, False, [0] * len(kernel_size), groups, [False, True, False],
-            )[1]  # fmt: skip
+            )  # fmt: skip
+            return grads[1]
 
         w = Welford(shape, x.shape[0], x, moments)
         w.add_all(contribution(xb, gb) for xb, gb in zip(x, g, strict=True))

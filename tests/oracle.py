@@ -46,7 +46,9 @@ def assert_matches(stats, true: dict[str, Tensor], tolerance: float) -> None:
     for name, g in true.items():
         layer, flat = stats.layers[name], g.reshape(len(g), -1)
         scale = flat.square().sum(1).max().clamp_min(total.max() * 1e-12)
-        assert (layer.per_sample_sq_norm - flat.square().sum(1)).abs().max() / scale < tolerance, name
+        assert (layer.per_sample_sq_norm - flat.square().sum(1)).abs().max() / scale < tolerance, (
+            name
+        )
         assert abs(layer.grad_sq_norm - flat.mean(0).square().sum()) / scale < tolerance, name
         if name in stats.grad_var:
             assert relative(stats.grad_var[name], g.var(0)) < 10 * tolerance, name

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from gradstats.advice import BatchSizeAdvice, recommend, scale_learning_rate
 from gradstats.errors import InvalidArgumentError
 from gradstats.estimators import NoiseScale, samples_ratio, steps_ratio
-from gradstats.advice import BatchSizeAdvice, recommend, scale_learning_rate
 
 NAN, INF = math.nan, math.inf
 

@@ -33,7 +33,10 @@ def batch() -> torch.Tensor:
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
-        self.first, self.inner = nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+        self.first, self.inner = (
+            nn.Linear(6, 6),
+            nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)),
+        )
         self.head, self.reentrant = nn.Linear(6, 3), reentrant
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

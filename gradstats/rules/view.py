@@ -24,7 +24,7 @@ _SAME_ORDER = (
 _REORDERED = (
     torch.t, Tensor.t, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute,
     torch.movedim, Tensor.movedim, torch.narrow, Tensor.narrow, torch.select, Tensor.select,
-    Tensor.__getitem__, Tensor.T.__get__, Tensor.mT.__get__,
+    Tensor.__getitem__, vars(torch._C.TensorBase)["T"].__get__, vars(torch._C.TensorBase)["mT"].__get__,
 )  # fmt: skip
 
 
