@@ -94,7 +94,7 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
         fail(mode, " and ".join(missing), "install a CUDA torch and toolkit and set CUDA_HOME")
     cuda = mode != "cpu" and not missing
 
-    common = ["-O3", "-std=c++20"]
+    common = ["-O3", "-std=c++20", "-g0"]
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # else at::parallel_for is serial
     quiet = ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]  # torch's headers are full of both
     args = {"cxx": [*common, *openmp, *quiet, "-fvisibility=hidden", *arch_flags(cxx)]}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,13 @@ class Mark:
         self.ids = ids
         self.num_embeddings = num_embeddings
         self.padding_idx = padding_idx
+
+    def __reduce__(self) -> Any:
+        return (_nothing, ())  # a pickled parameter comes back as any other
+
+
+def _nothing() -> None:
+    return None
 
 
 CONSTANT = Mark()

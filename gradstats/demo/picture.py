@@ -1,0 +1,78 @@
+"""The demo's one picture: the loss above, the noise scale and the batch size below."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
+LOSS_STEPS = 10  # of the smoothed loss
+
+
+def draw(rows: list[dict[str, Any]], batch_size: int, title: str, unit: str, path: Path) -> None:
+    """Draw the lines of steps.jsonl. `unit` says what one sample is, in the plural."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+    figure = Figure(figsize=(8, 6.4), layout="constrained")
+    FigureCanvasAgg(figure)  # draws to a file, whatever backend the user has set
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.15))
+    figure.suptitle(title, fontsize=12)
+    _loss(above, rows)
+    _noise(below, rows, batch_size)
+    below.set_xlabel(f"samples seen ({unit})")
+    below.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    below.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    below.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    below.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.3g}"))
+    below.yaxis.set_minor_formatter("")
+    above.set_xlim(0, rows[-1]["samples"] if rows else 1)
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+    figure.savefig(path, dpi=150)
+
+
+def _loss(axes: Any, rows: list[dict[str, Any]]) -> None:
+    known = [row for row in rows if row["loss"] is not None]
+    samples, losses = [row["samples"] for row in known], [row["loss"] for row in known]
+    axes.plot(samples, losses, color=BLUE, alpha=0.3, linewidth=0.8, label="each step")
+    axes.plot(samples, _smooth(losses), color=BLUE, linewidth=2, label="smoothed")
+    axes.set_ylabel("loss (nats)")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, loc="upper right")
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """A bias-corrected exponential moving average."""
+    keep, total, weight, smooth = 1 - 1 / LOSS_STEPS, 0.0, 0.0, []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        smooth.append(total / weight)
+    return smooth
+
+
+def _noise(axes: Any, rows: list[dict[str, Any]], batch_size: int) -> None:
+    read = [row for row in rows if row["noise_scale"]]
+    samples = [row["samples"] for row in read]
+    values = [row["noise_scale"] for row in read]
+    axes.set_yscale("log")
+    shown = np.array([*values[len(values) // 10 :], batch_size])
+    floor, top = shown.min() / 2.5, shown.max() * 2.5
+    axes.set_ylim(floor, top)
+    # A band without a lower or an upper end leaves the picture there.
+    low = [max(row["low"] or 0.0, floor / 10) for row in read]
+    high = [top * 10 if row["high"] is None else row["high"] for row in read]
+    axes.fill_between(
+        samples, low, high, color=ORANGE, alpha=0.2, linewidth=0, label="90% interval"
+    )
+    axes.plot(samples, values, color=ORANGE, linewidth=2, label="noise scale, smoothed")
+    label = f"batch size used: {batch_size:,}"
+    axes.axhline(batch_size, color=GREY, linewidth=1.5, linestyle=(0, (5, 3)), label=label)
+    axes.set_ylabel("noise scale (samples)")
+    axes.legend(frameon=False, loc="lower right")

@@ -1,0 +1,149 @@
+"""The command line: `doctor`, exit codes, and packages that are not installed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradstats import backends, doctor
+from gradstats.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line: its exit code, standard output and standard error."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["gradstats", *args])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    monkeypatch.delenv("GRADSTATS_BACKEND", raising=False)
+    return run
+
+
+def in_new_process(code, **env):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_doctor_reports_as_json(run):
+    code, out, err = run("doctor", "--json")
+    report = json.loads(out)
+    assert (code, err) == (0, "")
+    assert report["ok"] is True
+    assert set(report["backends"]) == {"reference", "cpu", "triton", "cuda"}
+    assert report["backends"]["reference"]["runs"] is True
+    assert set(report["chosen"]["cpu"]) == set(doctor.OPERATIONS)
+    for choice in report["chosen"]["cpu"].values():
+        assert choice["backend"] in backends.NAMES
+        assert choice["why"]
+    assert report["versions"]["torch"]
+
+
+def test_doctor_speaks_to_people(run):
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    for word in ("torch", "Backends", "reference", "triton", "multi_sq_norm"):
+        assert word in out
+
+
+def test_doctor_names_the_line_that_builds_the_extension(run, monkeypatch):
+    monkeypatch.setattr(backends, "extension", lambda: (None, "no extension; build it"))
+    code, out, _ = run("doctor", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert {"what": "no extension", "fix": doctor.build_line()} in report["missing"]
+    assert report["chosen"]["cpu"]["linear_stats"]["why"] == "not cpu: no extension"
+
+
+def test_doctor_says_when_the_extension_is_for_another_torch(run, monkeypatch):
+    class Module:
+        build_info = {"torch": "1.0.0", "cpu_capability": "AVX2", "cuda": False}  # noqa: RUF012
+
+    monkeypatch.setattr(backends, "extension", lambda: (Module, "built"))
+    code, out, _ = run("doctor", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert "built for torch 1.0.0" in report["missing"][0]["what"]
+    # It has no operations, which only running one can tell.
+    assert report["backends"]["cpu"]["runs"] is False
+    assert "linear_stats failed" in report["backends"]["cpu"]["why"]
+
+
+@pytest.mark.parametrize("name", ["cuda", "nonsense"])
+def test_doctor_fails_where_a_backend_asked_for_cannot_run(run, monkeypatch, name):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("GRADSTATS_BACKEND", name)
+    code, out, _ = run("doctor", "--json")
+    report = json.loads(out)
+    assert code == 1
+    assert report["ok"] is False
+    assert name in report["error"]
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert name in out
+
+
+def test_doctor_says_when_a_backend_was_asked_for(run, monkeypatch):
+    monkeypatch.setenv("GRADSTATS_BACKEND", "reference")
+    code, out, _ = run("doctor", "--json")
+    choice = json.loads(out)["chosen"]["cpu"]["linear_stats"]
+    assert code == 0
+    assert choice == {"backend": "reference", "why": "asked for by GRADSTATS_BACKEND"}
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--steps", "0"], "--steps 0"),
+        (["--batch-size", "-1"], "--batch-size -1"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--task", "poetry"], "text or digits"),
+        (["--out", "/dev/null/run"], "/dev/null/run"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_named_in_one_line(run, args, words):
+    code, out, err = run("demo", *args)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "remedy"),
+    [
+        ("typer", ["doctor"], "pip install 'gradstats[cli]'"),
+        ("rich", ["doctor"], "pip install 'gradstats[cli]'"),
+        ("matplotlib", ["demo"], "pip install 'gradstats[demo]'"),
+        ("sklearn", ["demo", "--task", "digits"], "pip install 'gradstats[demo]'"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_remedy(module, args, remedy):
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; sys.argv = ['gradstats', *{args!r}]\n"
+        "from gradstats.cli import main; main()"
+    )
+    done = in_new_process(code)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert remedy in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_python_dash_m_reaches_the_command_line_without_torch():
+    code = (
+        "import runpy, sys; sys.argv = ['gradstats', 'demo', '--steps', '0']\n"
+        "try:\n    runpy.run_module('gradstats', run_name='__main__')\n"
+        "except SystemExit as e:\n    print(e.code, 'torch' in sys.modules)"
+    )
+    assert in_new_process(code).stdout == "2 False\n"

@@ -1,0 +1,180 @@
+"""The demo with very few steps: its files, its result, and what Ctrl-C leaves."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from gradstats.cli import main
+from gradstats.demo import picture, tasks, train
+from gradstats.demo.screen import Screen
+
+KEYS = ["step", "samples", "loss", "num_samples", "tr_sigma", "true_grad_sq_norm"]
+READING = ["noise_scale", "low", "high"]
+
+
+@pytest.fixture
+def demo(monkeypatch, capsys, tmp_path):
+    """Run the demo: exit code, standard output, standard error."""
+
+    def demo(*args):
+        argv = ["gradstats", "demo", "--out", str(tmp_path / "run"), *args]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return demo
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny steps gain nothing from threads, and lose much where others use the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def check_files(folder, steps, batch_size):
+    """All three files are there and agree; the lines and the summary."""
+    lines = (folder / "steps.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    for row in rows:
+        assert list(row) == KEYS + READING
+        assert row["samples"] == row["step"] * batch_size
+        assert row["num_samples"] == batch_size
+        assert math.isfinite(row["loss"])
+    summary = json.loads((folder / "summary.json").read_text("utf-8"), parse_constant=pytest.fail)
+    assert summary["steps"] == steps
+    image = (folder / "noise_scale.png").read_bytes()
+    assert image.startswith(b"\x89PNG\r\n")
+    assert len(image) > 10_000
+    return rows, summary
+
+
+@pytest.mark.parametrize("task", ["text", "digits"])
+def test_it_trains_measures_and_recommends(demo, tmp_path, monkeypatch, task):
+    monkeypatch.setattr(train, "TIMED_STEPS", 1)
+    code, out, err = demo("--task", task, "--steps", "12", "--batch-size", "4", "--json")
+    assert code == 0
+    assert "step 12/12" in err
+    rows, summary = check_files(tmp_path / "run", 12, 4)
+    assert json.loads(out) == summary  # and nothing beside it
+    assert [row["step"] for row in rows if row["noise_scale"]] == [1, 10, 12]
+    assert all(row["tr_sigma"] > 0 for row in rows)
+    assert summary["noise_scale"]["coverage"] == 1
+    assert sum(summary["tr_sigma_shares"].values()) == pytest.approx(1)
+    assert list(summary["step_seconds"]) == ["1", "2", "4", "8", "16"]
+    assert summary["recommendation"]["present_batch_size"] == 4
+
+
+def test_people_read_the_recommendation(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "TIMED_STEPS", 1)
+    code, out, err = demo("--task", "digits", "--steps", "30", "--batch-size", "16")
+    assert (code, err) == (0, "")
+    _, summary = check_files(tmp_path / "run", 30, 16)
+    assert summary["last_loss"] < summary["first_loss"]
+    for words in ("step 30/30", "Recommendation", "learning rate", "share of tr Σ", "steps.jsonl"):
+        assert words in out
+
+
+def test_a_batch_of_one_sample_has_no_noise_scale_and_is_no_error(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "TIMED_STEPS", 1)
+    code, out, _ = demo("--task", "digits", "--steps", "3", "--batch-size", "1")
+    assert code == 0
+    assert "noise scale unknown" in out
+    rows, summary = check_files(tmp_path / "run", 3, 1)
+    assert {row["tr_sigma"] for row in rows} == {None}
+    assert summary["noise_scale"]["value"] is None
+    assert summary["tr_sigma_shares"] == {}
+
+
+def test_ctrl_c_keeps_what_was_measured(demo, tmp_path, monkeypatch):
+    draw, drawn = tasks.digits().draw, []
+
+    def interrupted(size, generator):
+        drawn.append(size)
+        if len(drawn) == 15:
+            raise KeyboardInterrupt
+        return draw(size, generator)
+
+    made = tasks.digits()
+    object.__setattr__(made, "draw", interrupted)
+    monkeypatch.setattr(tasks, "make", lambda _: made)
+    code, out, _ = demo("--task", "digits", "--batch-size", "8", "--json")
+    assert code == 130
+    rows, summary = check_files(tmp_path / "run", 14, 8)
+    assert summary["interrupted"] is True
+    assert json.loads(out) == summary
+    assert rows[-1]["noise_scale"]
+    assert summary["recommendation"] is not None
+    assert "forward" not in made.model.__dict__  # the monitor was detached
+
+
+@pytest.mark.parametrize("at", [1, 10])
+def test_ctrl_c_while_it_reports(demo, tmp_path, monkeypatch, at):
+    def interrupted(_, reached):
+        if reached.step == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Screen, "__call__", interrupted)
+    code, _, _ = demo("--task", "digits", "--batch-size", "8")
+    assert code == 130
+    check_files(tmp_path / "run", at, 8)
+
+
+def test_ctrl_c_before_the_first_step(demo, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "loss_of", interrupted)
+    code, out, _ = demo("--task", "digits", "--json")
+    assert code == 130
+    assert json.loads(out)["recommendation"] is None
+    check_files(tmp_path / "run", 0, 64)
+
+
+def test_ctrl_c_while_timing_leaves_a_recommendation(demo, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "time_steps", interrupted)
+    code, out, _ = demo("--task", "digits", "--steps", "12", "--json")
+    assert code == 130
+    assert json.loads(out)["recommendation"] is not None
+    check_files(tmp_path / "run", 12, 64)
+
+
+def test_timing_disturbs_nothing(monkeypatch):
+    monkeypatch.setattr(train, "TIMED_STEPS", 1)
+    torch.manual_seed(0)
+    task = tasks.digits()
+    tasks.loss_of(task.model, task.draw(4, torch.Generator())).backward()
+    task.optimizer.step()
+    before = [p.detach().clone() for p in task.model.parameters()]
+    momentum = [s["momentum_buffer"].clone() for s in task.optimizer.state.values()]
+    drawn = torch.get_rng_state()
+    seconds = {}
+    train.time_steps(task, 6, seconds)
+    assert list(seconds) == [1, 3, 6, 12, 24]
+    assert all(s > 0 for s in seconds.values())
+    assert all(map(torch.equal, before, task.model.parameters()))
+    after = [s["momentum_buffer"] for s in task.optimizer.state.values()]
+    assert all(map(torch.equal, momentum, after))
+    assert torch.equal(drawn, torch.get_rng_state())
+
+
+def test_the_picture_takes_readings_without_ends(tmp_path):
+    row = dict.fromkeys(KEYS + READING)
+    ends = [(None, None, None), (3.0, 0.0, None), (5.0, 2.0, 9.0)]
+    rows = []
+    for step, (value, low, high) in enumerate(ends, 1):
+        reading = {"noise_scale": value, "low": low, "high": high}
+        rows.append({**row, "step": step, "samples": 8 * step, "loss": 1.0, **reading})
+    picture.draw(rows, 8, "title", "images", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
