@@ -75,7 +75,7 @@ class BatchSizeAdvice(CurvePoint):
         rate = "" if self.learning_rate is None else f"; learning rate {self.learning_rate:.4g}"
         time = "" if self.seconds is None else f", {readable(self.seconds)} × the time"
         return (
-            f"{verb} {self.batch_size:,} ({self.low:,} {end} is supported) as micro_batch_size "
+            f"{verb} {self.batch_size:,} (the interval gives {self.low:,} {end}) as micro_batch_size "
             f"{self.micro_batch_size:,} × accumulation_steps {self.accumulation_steps:,} × "
             f"world_size {self.world_size:,}{rate}; expected against now: {readable(self.steps)} × "
             f"the steps, {readable(self.samples)} × the samples{time}. Why: {self.reason}."

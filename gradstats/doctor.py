@@ -14,10 +14,10 @@ import torch
 import gradstats
 from gradstats import backends
 from gradstats.errors import GradStatsError
-from gradstats.ops import _SCHEMAS, ops
+from gradstats.ops import SCHEMAS, ops
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-OPERATIONS = tuple(_SCHEMAS)
+OPERATIONS = tuple(SCHEMAS)
 DTYPE = torch.float32
 DEMO = {"typer": "typer", "rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 

@@ -105,7 +105,9 @@ class Monitor:
         self._moments = SecondMoments(self._interposer, self._params) if moments else None
         self._attached = True
         self._steps = 0
-        self._history: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=HISTORY)
+        # Steps still on the device, until somebody reads.
+        self._pending: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=HISTORY)
+        self._history: deque[tuple[int, float, float]] = deque(maxlen=HISTORY)
         self._last: GradStats | None = None
         self._restored_coverage = 1.0
         self._restored_batch: int | None = None
@@ -145,7 +147,7 @@ class Monitor:
             self._per_layer,
             m2,
         )
-        self._history.append((stats.num_samples, stats.tr_sigma, stats.true_grad_sq_norm))
+        self._pending.append((stats.num_samples, stats.tr_sigma, stats.true_grad_sq_norm))
         return self._next(stats)
 
     def _next(self, stats: GradStats | None) -> GradStats | None:
@@ -217,12 +219,15 @@ class Monitor:
         )
 
     def _series(self) -> tuple[list[int], list[float], list[float]]:
-        if not self._history:
-            return [], [], []
+        """Per step: samples, tr_sigma, true_grad_sq_norm. Brings what is new from the device."""
+        if self._pending:
+            pending = list(self._pending)
+            self._pending.clear()
+            values = torch.stack([torch.stack(pair) for _, *pair in pending]).double().cpu()
+            for (n, *_), (tr_sigma, true_grad) in zip(pending, values.tolist(), strict=True):
+                self._history.append((n, tr_sigma, true_grad))
         counts = [n for n, _, _ in self._history]
-        pairs = torch.stack([torch.stack((t, g)) for _, t, g in self._history])
-        tr_sigma, true_grad = pairs.double().cpu().unbind(1)
-        return counts, tr_sigma.tolist(), true_grad.tolist()
+        return counts, [t for _, t, _ in self._history], [g for _, _, g in self._history]
 
     def _coverage(self) -> float:
         return self._restored_coverage if self._last is None else self._last.coverage.fraction
@@ -255,11 +260,11 @@ class Monitor:
                 f"the state is of another model: its parameters begin {state['parameters'][:3]}, "
                 f"this model's {list(self._interposer.index)[:3]}"
             )
-        device, dtype = self._interposer.device, torch.float64
-        tr_sigma = torch.tensor(state["tr_sigma"], dtype=dtype, device=device)
-        true_grad = torch.tensor(state["true_grad_sq_norm"], dtype=dtype, device=device)
+        self._pending.clear()
         self._history.clear()
-        self._history.extend(zip(state["num_samples"], tr_sigma, true_grad, strict=True))
+        self._history.extend(
+            zip(state["num_samples"], state["tr_sigma"], state["true_grad_sq_norm"], strict=True)
+        )
         self._steps = state["steps"]
         self._interposer.enabled = self._steps % self.every == 0
         self._last = None

@@ -20,7 +20,7 @@ _NORM = f"Tensor rstd, Tensor? scale, bool input, {_FLAGS}"
 _SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
-_SCHEMAS = {
+SCHEMAS = {
     "linear_stats": f"(Tensor x, Tensor g, {_FLAGS}) -> {_SIX}",
     "layer_norm_stats": f"(Tensor g, Tensor x, Tensor? mean, {_NORM}) -> {_SEVEN}",
     "group_norm_stats": f"(Tensor g, Tensor x, Tensor mean, {_NORM}) -> {_SEVEN}",
@@ -43,11 +43,11 @@ def _define(name: str) -> None:
     def run(*args):  # type: ignore[no-untyped-def]
         return backends.implementation(name, pick(args))(*args)
 
-    _library.define(f"{name}{_SCHEMAS[name]}", tags=torch.Tag.pt2_compliant_tag)
+    _library.define(f"{name}{SCHEMAS[name]}", tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, run, "CompositeExplicitAutograd")
 
 
-for _name in _SCHEMAS:
+for _name in SCHEMAS:
     _define(_name)
 
 ops = torch.ops.gradstats
