@@ -306,7 +306,7 @@ def test_sentence():
         world_size=2,
     )
     assert str(advice) == (
-        "change batch size 64 to 128 (128 to 192 is supported) as micro_batch_size 16 × "
+        "change batch size 64 to 128 (the interval gives 128 to 192) as micro_batch_size 16 × "
         "accumulation_steps 4 × world_size 2; learning rate 0.1414; expected against now: 0.585 × "
         "the steps, 1.17 × the samples, 0.794 × the time. Why: noise scale 312 (90% interval 240 "
         "to 410), from 6,400 samples in 200 steps; a step takes 0.015 s plus 0.00013 s per sample, "

@@ -98,7 +98,7 @@ def _recommendation(run: Run, advice: dict[str, Any]) -> Table:
     change = f"keep {now:,}" if size == now else f"{now:,} → {size:,}"
     table = Table.grid("", "", padding=(0, 2))
     table.title, table.title_justify = "\nRecommendation", "left"
-    table.add_row("batch size", f"{change}   ({advice['low']:,} {upper} is supported)")
+    table.add_row("batch size", f"{change}   (the interval gives {advice['low']:,} {upper})")
     if advice["learning_rate"] is not None:
         scaled = f"{advice['learning_rate']:.3g}"
         table.add_row(
