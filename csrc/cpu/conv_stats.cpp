@@ -1,0 +1,181 @@
+// Weight gradient of a convolution with per-sample statistics: each sample's gradient is summed in
+// registers from its activation packed in cache, and squared and added there before it is gone.
+#include <ATen/Parallel.h>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "conv_samples.h"
+#include "sample_stats.h"
+
+namespace gradstats::cpu {
+namespace {
+
+using conv::Dims;
+using conv::Plan;
+
+Dims dims_of(const char* name, IntArrayRef values, int64_t spatial, int64_t fill) {
+  TORCH_CHECK(static_cast<int64_t>(values.size()) == spatial, "conv_stats: ", name, " must have ",
+              spatial, " entries (one per spatial dimension of x), got ", values);
+  Dims dims{fill, fill, fill};
+  std::copy(values.begin(), values.end(), dims.end() - spatial);
+  return dims;
+}
+
+conv::Geometry check(const Tensor& x, const Tensor& g, IntArrayRef kernel_size, IntArrayRef stride,
+                     IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  GRADSTATS_CHECK_CPU("conv_stats", x);
+  GRADSTATS_CHECK_CPU("conv_stats", g);
+  GRADSTATS_CHECK_DTYPE("conv_stats", x);
+  const int64_t spatial = x.dim() - 2;
+  TORCH_CHECK(spatial >= 1 && spatial <= 3,
+              "conv_stats: x must be (B, I, *spatial) with 1 to 3 spatial dimensions, got ",
+              x.sizes());
+  TORCH_CHECK(g.dim() == x.dim() && g.size(0) == x.size(0), "conv_stats: g must be (B, O, *out) as ",
+              "x is ", x.sizes(), ", got ", g.sizes());
+  TORCH_CHECK(g.scalar_type() == x.scalar_type(), "conv_stats: g must have the dtype of x, ",
+              x.scalar_type(), ", got ", g.scalar_type());
+  conv::Geometry geo{dims_of("spatial", x.sizes().slice(2), spatial, 1),
+                     dims_of("out", g.sizes().slice(2), spatial, 1),
+                     dims_of("kernel_size", kernel_size, spatial, 1),
+                     dims_of("stride", stride, spatial, 1),
+                     dims_of("padding", padding, spatial, 0),
+                     dims_of("dilation", dilation, spatial, 1),
+                     x.size(0), x.size(1), g.size(1), groups};
+  TORCH_CHECK(groups >= 1 && geo.in_channels % groups == 0 && geo.out_channels % groups == 0,
+              "conv_stats: groups must divide the channels of x ", x.sizes(), " and g ", g.sizes(),
+              ", got ", groups);
+  for (int d = 0; d < 3; ++d) {
+    TORCH_CHECK(geo.kernel[d] >= 1 && geo.stride[d] >= 1 && geo.dilation[d] >= 1 &&
+                    geo.padding[d] >= 0,
+                "conv_stats: kernel_size, stride and dilation must be positive, padding not ",
+                "negative, got ", kernel_size, ", ", stride, ", ", dilation, ", ", padding);
+    const int64_t reach = geo.dilation[d] * (geo.kernel[d] - 1) + 1;
+    const int64_t room = geo.in[d] + 2 * geo.padding[d] - reach;
+    TORCH_CHECK(room >= 0 && geo.out[d] == room / geo.stride[d] + 1, "conv_stats: g has shape ",
+                g.sizes(), ", which no convolution of x ", x.sizes(), " with kernel_size ",
+                kernel_size, ", stride ", stride, ", padding ", padding, ", dilation ", dilation,
+                " has");
+  }
+  return geo;
+}
+
+// The work is cut into parts of the samples, each with sums of its own, and where those are too few
+// for the threads, or their sums too large for the caches, into shares of the panels as well.
+struct Cut {
+  int64_t parts, shares;
+
+  Cut(const Plan& plan, int64_t bytes) {
+    constexpr int64_t kCacheBytes = int64_t{1} << 20, kSlabBytes = int64_t{1} << 26;
+    const int64_t threads = at::get_num_threads();
+    const int64_t weight = std::max<int64_t>(1, plan.units() * plan.panel_size() * bytes);
+    const bool even = plan.units() % threads == 0 || plan.units() >= 4 * threads;
+    parts = weight > kCacheBytes && even ? 1 : std::max<int64_t>(1, kSlabBytes / weight);
+    parts = std::max<int64_t>(1, std::min({parts, threads, plan.geo.batch}));
+    shares = std::max<int64_t>(1, std::min(plan.units(), threads / parts));
+  }
+};
+
+// (slices, panels, taps x channels, lanes) to (O, I/groups, *kernel_size)
+template <typename T>
+Tensor unpack(const Tensor& packed, const Plan& plan, IntArrayRef kernel_size) {
+  const int64_t channels = plan.depthwise ? 1 : plan.width, taps = plan.rows / channels;
+  std::vector<int64_t> shape{plan.geo.out_channels, channels};
+  shape.insert(shape.end(), kernel_size.begin(), kernel_size.end());
+  const Tensor out = at::empty(shape, packed.options());
+  const T* src = packed.const_data_ptr<T>();
+  T* dst = out.data_ptr<T>();
+  at::parallel_for(0, plan.units(), at::ceil_div<int64_t>(1 << 14, plan.panel_size()),
+                   [&](int64_t begin, int64_t end) {
+    std::vector<T> rows(plan.panel_size());
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t lane = unit % plan.panels * plan.lanes;
+      const int64_t first = unit / plan.panels * plan.channels_per_slice() + lane;
+      const int64_t count = std::min({plan.lanes, plan.channels_per_slice() - lane,
+                                      plan.geo.out_channels - first});
+      conv::pack(src + unit * plan.panel_size(), plan.lanes, 1, plan.rows, count, rows.data(),
+                 plan.rows);
+      for (int64_t o = 0; o < count; ++o) {
+        const T* from = rows.data() + o * plan.rows;
+        T* to = dst + (first + o) * plan.rows;
+        for (int64_t i = 0; i < channels; ++i) {
+          for (int64_t k = 0; k < taps; ++k) to[i * taps + k] = from[k * channels + i];
+        }
+      }
+    }
+  });
+  return out;
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> weight_stats(const conv::Geometry& geo, const Tensor& x,
+                                                const Tensor& g, IntArrayRef kernel_size,
+                                                bool moments) {
+  constexpr int64_t kLanes = at::vec::Vectorized<T>::size();
+  const bool narrow = geo.out_channels / (geo.groups == geo.in_channels ? 1 : geo.groups) <= kLanes;
+  const Plan plan(geo, narrow ? kLanes : 2 * kLanes, conv::kMaxRows);
+  const Cut cut(plan, sizeof(T));
+  const int64_t n = plan.units() * plan.panel_size();
+  const Tensor sum = at::zeros({cut.parts, n}, x.options());
+  const Tensor m2 = moments ? at::zeros({cut.parts, n}, x.options()) : Tensor();
+  const Tensor sq = at::zeros({cut.shares, geo.batch}, x.options().dtype(at::kDouble));
+  T* m2_data = moments ? m2.data_ptr<T>() : nullptr;
+  at::parallel_for(0, cut.parts * cut.shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t p = item / cut.shares, q = item % cut.shares;
+      conv::WeightGradient<T>(plan, x, g, sum.data_ptr<T>() + p * n, moments ? m2_data + p * n : nullptr,
+                        sq.data_ptr<double>() + q * geo.batch)
+          .run(split(geo.batch, cut.parts, p), split(geo.batch, cut.parts, p + 1),
+               split(plan.units(), cut.shares, q), split(plan.units(), cut.shares, q + 1));
+    }
+  });
+  merge_parts(sum.data_ptr<T>(), m2_data, geo.batch, cut.parts, n);
+  return {unpack<T>(sum[0], plan, kernel_size), sq.sum(0).to(x.scalar_type()),
+          moments ? unpack<T>(m2[0], plan, kernel_size) : at::empty({0}, x.options())};
+}
+
+// c: (B, O), each sample's sum over positions.
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> bias_stats(const Tensor& c, bool moments, at::ScalarType dtype) {
+  SampleStats<T> stats(true, c.size(0), c.size(1), moments, c.options());
+  for_each_part(c.size(0), [&](int64_t p, int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      stats.add(p, b, c.const_data_ptr<T>() + b * c.size(1));
+    }
+  });
+  return stats.finish(dtype);
+}
+
+}  // namespace
+
+LinearStats conv_stats(const Tensor& x, const Tensor& g, IntArrayRef kernel_size,
+                       IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                       int64_t groups, bool weight, bool bias, bool moments) {
+  const conv::Geometry geo = check(x, g, kernel_size, stride, padding, dilation, groups);
+  const auto wide = stats_dtype(x.scalar_type());
+  const Tensor none = at::empty({0}, x.options().dtype(wide));
+  Tensor dw = at::empty({0}, x.options()), db = dw, w_sq = none, b_sq = none, w_m2 = none,
+         b_m2 = none;
+  const Tensor gw = g.to(wide);
+  if (weight) {
+    Tensor xw = x.to(wide);
+    conv::Geometry cut = geo;
+    if (groups > 1 && geo.in_channels == groups && geo.out_channels > groups) {
+      // Several outputs per channel: repeat the channel, so that each output has its own.
+      xw = xw.repeat_interleave(geo.out_channels / groups, 1);
+      cut.in_channels = cut.groups = geo.out_channels;
+    }
+    std::tie(dw, w_sq, w_m2) = wide == at::kDouble
+                                   ? weight_stats<double>(cut, xw, gw, kernel_size, moments)
+                                   : weight_stats<float>(cut, xw, gw, kernel_size, moments);
+    dw = dw.to(x.scalar_type());
+  }
+  if (bias) {
+    const Tensor c = gw.flatten(2).sum(2).contiguous();
+    std::tie(db, b_sq, b_m2) = wide == at::kDouble
+                                   ? bias_stats<double>(c, moments, g.scalar_type())
+                                   : bias_stats<float>(c, moments, g.scalar_type());
+  }
+  return {dw, db, w_sq, b_sq, w_m2, b_m2};
+}
+
+}  // namespace gradstats::cpu

@@ -1,0 +1,76 @@
+// The Python module gradstats._C: the operations of ops.h under the names of reference.py.
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "ops.h"
+
+namespace py = pybind11;
+
+#ifdef GRADSTATS_WITH_CUDA
+namespace gradstats {
+void bind_cuda(py::module_& m);  // csrc/cuda/bind.cpp
+}
+#endif
+
+namespace {
+
+#define GRADSTATS_STRING_(s) #s
+#define GRADSTATS_STRING(s) GRADSTATS_STRING_(s)
+constexpr const char* kCapability = GRADSTATS_STRING(CPU_CAPABILITY);
+
+// Without this a wheel built for another machine dies of an illegal instruction later on.
+void check_cpu() {
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+#if defined(CPU_CAPABILITY_AVX512)
+  const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#elif defined(CPU_CAPABILITY_AVX2)
+  const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  const bool runs = true;
+#endif
+  if (!runs) {
+    throw py::import_error(std::string("gradstats._C was compiled for ") + kCapability +
+                           ", which this CPU lacks; build it here, or with "
+                           "GRADSTATS_ARCH=x86-64-v3 (AVX2) or x86-64 (any)");
+  }
+#endif
+}
+
+using Guard = py::call_guard<py::gil_scoped_release, c10::NoGradGuard>;
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using namespace gradstats;
+  check_cpu();
+  m.doc() = "Compiled statistics operations; gradstats/reference.py defines them.";
+
+  py::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["cpu_capability"] = kCapability;
+#ifdef GRADSTATS_WITH_CUDA
+  info["cuda"] = true;
+  bind_cuda(m);
+#else
+  info["cuda"] = false;
+#endif
+  m.attr("build_info") = info;
+
+  m.def("linear_stats", &cpu::linear_stats, py::arg("x"), py::arg("g"), py::arg("weight"),
+        py::arg("bias"), py::arg("moments"), Guard());
+  m.def("layer_norm_stats", &cpu::layer_norm_stats, py::arg("g"), py::arg("x"), py::arg("mean"),
+        py::arg("rstd"), py::arg("scale"), py::arg("input"), py::arg("weight"), py::arg("bias"),
+        py::arg("moments"), Guard());
+  m.def("group_norm_stats", &cpu::group_norm_stats, py::arg("g"), py::arg("x"), py::arg("mean"),
+        py::arg("rstd"), py::arg("scale"), py::arg("input"), py::arg("weight"), py::arg("bias"),
+        py::arg("moments"), Guard());
+  m.def("embedding_stats", &cpu::embedding_stats, py::arg("ids"), py::arg("g"),
+        py::arg("num_embeddings"), py::arg("padding_idx"), py::arg("moments"), Guard());
+  m.def("conv_stats", &cpu::conv_stats, py::arg("x"), py::arg("g"), py::arg("kernel_size"),
+        py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
+        py::arg("weight"), py::arg("bias"), py::arg("moments"), Guard());
+  m.def("multi_sq_norm", &cpu::multi_sq_norm, py::arg("tensors"), Guard());
+}
