@@ -119,7 +119,28 @@ def _list(dtypes: tuple[torch.dtype, ...]) -> str:
 
 def choose(op: str, device: str, dtype: torch.dtype) -> str:
     """The name of the backend that runs `op` on tensors of this device type and dtype."""
-    wanted = forced()
+    return _resolve(op, device, dtype, forced(), interpreting())[0]
+
+
+def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
+    """The function that runs `op` for tensors like this one."""
+    return _resolve(op, tensor.device.type, tensor.dtype, forced(), interpreting())[1]
+
+
+@cache
+def _resolve(
+    op: str, device: str, dtype: torch.dtype, wanted: str, interpreted: bool
+) -> tuple[str, Callable[..., Any]]:
+    name = _choose(op, device, dtype, wanted)
+    module: Any = extension()[0]
+    if name == "triton":
+        module = importlib.import_module(f"gradstats.kernels.{_TRITON[op]}")
+    elif name == "reference":
+        module = reference
+    return name, getattr(module, f"{op}_cuda" if name == "cuda" else op)
+
+
+def _choose(op: str, device: str, dtype: torch.dtype, wanted: str) -> str:
     # A backend asked for by name serves the operations it has; the others stay automatic.
     if wanted != "auto" and op in {"triton": _TRITON, "cuda": _CUDA}.get(wanted, (op,)):
         why = refusal(wanted, op, device, dtype)
@@ -135,14 +156,3 @@ def choose(op: str, device: str, dtype: torch.dtype) -> str:
         if refusal(name, op, device, dtype) is None:
             return name
     return "reference"
-
-
-def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
-    """The function that runs `op` for tensors like this one."""
-    name = choose(op, tensor.device.type, tensor.dtype)
-    if name == "triton":
-        return getattr(importlib.import_module(f"gradstats.kernels.{_TRITON[op]}"), op)  # type: ignore[no-any-return]
-    if name in ("cpu", "cuda"):
-        module = extension()[0]
-        return getattr(module, op if name == "cpu" else f"{op}_cuda")  # type: ignore[no-any-return]
-    return getattr(reference, op)  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -58,16 +58,17 @@ class FallbackFailed(BaseException):
         self.frame, self.need, self.reason = frame, need, reason
 
 
-def tensors_in(value: object, depth: int = 3) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and mappings of arguments."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item, depth - 1)
-    elif depth and isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item, depth - 1)
+def tensors_in(*values: object) -> list[Tensor]:
+    """The tensors among arguments, and in tuples, lists and mappings among them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += tensors_in(*value)
+        elif isinstance(value, Mapping):
+            found += tensors_in(*value.values())
+    return found
 
 
 def _ensure_shared_leaf(ctx: Any) -> None:
@@ -158,7 +159,7 @@ class Interposer(TorchFunctionMode):
         comptime(lambda ctx: _ensure_shared_leaf(ctx))
         assert key is not None
         self.current = Pass(batch, getattr(self, f"_leaf_{batch}"))
-        self.current.look_at(tensors_in((args, kwargs)), self.batch_dim)
+        self.current.look_at(tensors_in(*args, kwargs), self.batch_dim)
         self.batch = batch
         try:
             with self:
@@ -229,7 +230,7 @@ class Interposer(TorchFunctionMode):
         leaf = new_leaf(len(self.index), batch, self.dtype, self.device)
         leaf.register_post_accumulate_grad_hook(self.ledger.deliver)
         opened = Pass(batch, leaf)
-        opened.look_at(tensors_in((args, kwargs)), self.batch_dim)
+        opened.look_at(tensors_in(*args, kwargs), self.batch_dim)
         self._passes.append(opened)
         return opened
 
@@ -252,7 +253,7 @@ class Interposer(TorchFunctionMode):
         return self.ledger.take(), {**missed, **self.uncovered}
 
     def _batch_size(self, path: str, args: Any, kwargs: Any) -> int:
-        for tensor in tensors_in((args, kwargs)):
+        for tensor in tensors_in(*args, kwargs):
             if tensor.dim() > self.batch_dim:
                 return tensor.shape[self.batch_dim]
         raise BatchDimError(
@@ -276,7 +277,7 @@ class Interposer(TorchFunctionMode):
         """Run `func`; where a parameter goes into a differentiable result, its use is not covered."""
         out = func(*args, **kwargs)
         constant = True
-        for tensor in tensors_in((args, kwargs)):
+        for tensor in tensors_in(*args, kwargs):
             mark = getattr(tensor, ATTRIBUTE, None)
             if mark is None:
                 constant = False

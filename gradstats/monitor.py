@@ -13,7 +13,7 @@ from gradstats import advice, estimators, record
 from gradstats.attach import install, plain, uninstall
 from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
 from gradstats.moments import SecondMoments
-from gradstats.stats import GradStats
+from gradstats.stats import GradStats, Moments
 
 HISTORY = 10_000
 Method = Literal["per_sample"]
@@ -102,6 +102,7 @@ class Monitor:
         self._per_layer = per_layer
         self._half_life, self._confidence = half_life, confidence
         self._interposer = install(self._model, batch_dim, moments, fallback_bytes)
+        self._owners = [self._owner(name) for name in self._interposer.index]
         self._moments = SecondMoments(self._interposer, self._params) if moments else None
         self._attached = True
         self._steps = 0
@@ -147,7 +148,7 @@ class Monitor:
             self._per_layer,
             m2,
         )
-        self._pending.append((stats.num_samples, stats.tr_sigma, stats.true_grad_sq_norm))
+        self._pending.append((stats.num_samples, stats.mean_sq_norm, stats.grad_sq_norm))
         return self._next(stats)
 
     def _next(self, stats: GradStats | None) -> GradStats | None:
@@ -157,9 +158,13 @@ class Monitor:
             self._last = stats
         return stats
 
+    def _owner(self, name: str) -> tuple[dict[str, Any], str]:
+        path, _, key = name.rpartition(".")
+        return self._model.get_submodule(path)._parameters, key
+
     def _params(self) -> list[Tensor]:
-        by_name = dict(self._model.named_parameters())
-        return [by_name[name] for name in self._interposer.index]
+        """The parameters in row order, as they are now: FSDP and others replace the objects."""
+        return [owner[key] for owner, key in self._owners]
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -224,8 +229,9 @@ class Monitor:
             pending = list(self._pending)
             self._pending.clear()
             values = torch.stack([torch.stack(pair) for _, *pair in pending]).double().cpu()
-            for (n, *_), (tr_sigma, true_grad) in zip(pending, values.tolist(), strict=True):
-                self._history.append((n, tr_sigma, true_grad))
+            for (n, *_), (mean_sq, grad_sq) in zip(pending, values, strict=True):
+                step = Moments(n, 1, mean_sq, grad_sq)
+                self._history.append((n, float(step.tr_sigma), float(step.true_grad_sq_norm)))
         counts = [n for n, _, _ in self._history]
         return counts, [t for _, t, _ in self._history], [g for _, _, g in self._history]
 

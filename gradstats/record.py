@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,40 +46,48 @@ def build(
     """The record. `names` and `params` are all parameters in row order; `m2` their Σ(c_i − c̄)²."""
     n = sum(batch for batch, _ in groups)
     unit = 1.0 if summed_loss else float(n)  # g_i = unit · c_i
-    sq_norm = torch.cat([rows[:, :-1] for _, rows in groups], 1) * unit**2
-    counts = torch.stack([rows[:, -1] for _, rows in groups], 1)
-    device = sq_norm.device
-    received = [p.requires_grad and p.grad is not None for p in params]
-    trainable = [i for i, p in enumerate(params) if p.requires_grad]
-    host = torch.tensor(
-        [received, [name in reasons for name in names]], dtype=torch.bool, pin_memory=False
-    )
-    got, excused = host.to(device, non_blocking=True)
-    once = (counts <= 1).all(1) & (counts.sum(1) >= 1)
-    ok = (once | ~got) & ~excused
+    rows = groups[0][1] if len(groups) == 1 else None
+    delivered = torch.cat([r[:, :-1] for _, r in groups], 1) if rows is None else rows[:, :-1]
+    sq_norm = delivered * unit**2
+    received = tuple(p.requires_grad and p.grad is not None for p in params)
+    trainable = tuple(i for i, p in enumerate(params) if p.requires_grad)
+    if rows is None:
+        counts = torch.stack([r[:, -1] for _, r in groups], 1)
+        once = (counts <= 1).all(1) & (counts.sum(1) >= 1)
+    else:
+        once = rows[:, -1] == 1
+    ok = once
+    if not all(received):  # no gradient, no contribution: measured, as zero
+        ok = ok | ~_on_device(received, sq_norm.device)
+    if reasons:
+        ok = ok & ~_on_device(tuple(name in reasons for name in names), sq_norm.device)
     grad_sq = _grad_sq_norms(params, received, sq_norm) * (unit / max(n, 1)) ** 2
-    any_ok = ok.any()
-    grad_sq = torch.where(ok, grad_sq, torch.nan)
-    total = torch.where(ok.unsqueeze(1), sq_norm, 0.0).sum(0)
-    total = torch.where(any_ok, total, torch.nan)
-    keep = torch.tensor(trainable).to(device, non_blocking=True)
-    whole = len(trainable) == len(names)
+    nothing = torch.where(ok.any(), 0.0, torch.nan)  # nothing measured: every total is NaN
+    total = torch.where(ok.unsqueeze(1), sq_norm, 0.0).sum(0) + nothing
+    part: Any = slice(None)
+    if len(trainable) < len(names):
+        part = torch.tensor(trainable, device=sq_norm.device)
     return GradStats(
         num_samples=n,
         num_groups=1,
         mean_sq_norm=total.sum() / max(n, 1),
-        grad_sq_norm=torch.where(any_ok, torch.where(ok, grad_sq, 0.0).sum(), torch.nan),
+        grad_sq_norm=torch.where(ok, grad_sq, 0.0).sum() + nothing,
         per_sample_sq_norm=total,
         coverage=Coverage(
             tuple(names[i] for i in trainable),
             tuple(params[i].numel() for i in trainable),
-            ok if whole else ok[keep],
+            ok[part],
             reasons,
         ),
         grad_var={name: t.mul_(unit**2 / (n - 1)) for name, t in m2.items()} if n > 1 else {},
-        layer_sq_norm=(sq_norm if whole else sq_norm[keep]) if per_layer else None,
-        layer_grad_sq_norm=(grad_sq if whole else grad_sq[keep]) if per_layer else None,
+        layer_sq_norm=sq_norm[part] if per_layer else None,
+        layer_grad_sq_norm=grad_sq[part] if per_layer else None,
     )
+
+
+@lru_cache(maxsize=64)
+def _on_device(flags: tuple[bool, ...], device: torch.device) -> Tensor:
+    return torch.tensor(flags, device=device)
 
 
 def _grad_sq_norms(params: Sequence[Tensor], received: Sequence[bool], like: Tensor) -> Tensor:

@@ -159,8 +159,8 @@ def group_norm_stats(
     dx = x.new_empty(0)
     if input:
         gx = gw if scale is None else gw * scale.to(wide).unsqueeze(-1)
-        grouped = gx.reshape(batch, groups, -1)
-        hat = xhat.reshape(batch, groups, -1)
+        each = (batch, groups, x[0].numel() // groups if batch else 0)
+        grouped, hat = gx.reshape(each), xhat.reshape(each)
         inner = grouped - grouped.mean(-1, keepdim=True)
         inner = inner - hat * (grouped * hat).mean(-1, keepdim=True)
         dx = (inner.reshape(x.shape) * per_channel(rstd)).to(x.dtype)

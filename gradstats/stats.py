@@ -28,7 +28,7 @@ from gradstats.errors import InvalidArgumentError
 
 
 @dataclass(frozen=True)
-class _Moments:
+class Moments:
     """What a whole record and each of its layers have in common. All tensors are 0-d."""
 
     num_samples: int
@@ -55,7 +55,7 @@ class _Moments:
 
 
 @dataclass(frozen=True)
-class LayerStats(_Moments):
+class LayerStats(Moments):
     """The same for one parameter: `per_sample_sq_norm` is (N,)."""
 
     per_sample_sq_norm: Tensor
@@ -112,7 +112,7 @@ class _Layers(Mapping[str, LayerStats]):
 
 
 @dataclass(frozen=True)
-class GradStats(_Moments):
+class GradStats(Moments):
     """Statistics of one step, of this process's samples. Nothing here was read from the device yet.
 
     `per_sample_sq_norm`: (N,), ‖g_i‖² over all measured parameters. `layer_*` are the same per
@@ -138,7 +138,8 @@ class GradStats(_Moments):
             ok = self.coverage.measured_mask[i]
             row = torch.where(ok, rows[i], torch.nan)
             mean = row.sum() / max(self.num_samples, 1)
-            return LayerStats(self.num_samples, self.num_groups, mean, grads[i], row)
+            grad = torch.where(ok, grads[i], torch.nan)
+            return LayerStats(self.num_samples, self.num_groups, mean, grad, row)
 
         return _Layers(self.coverage.names, make)
 

@@ -34,7 +34,7 @@ class Linear(torch.autograd.Function):
         if not transposed:
             out = F.linear(x, weight, bias)
             # A view made in here could not be modified in place by the model; this is not one.
-            return torch.ops.aten._unsafe_view(out, out.shape)
+            return out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, out.shape)
         if bias is not None and x.dim() == 2:
             return torch.addmm(bias, x, weight)
         out = torch.matmul(x, weight) if bias is None else torch.matmul(x, weight) + bias
@@ -79,7 +79,8 @@ class Linear(torch.autograd.Function):
 
 def _three(t: Tensor, batch_dim: int) -> Tensor:
     """(B, T, features) from any rank."""
-    t = t.movedim(batch_dim, 0)
+    if batch_dim != 0:
+        t = t.movedim(batch_dim, 0)
     return t.unsqueeze(1) if t.dim() == 2 else t.reshape(t.shape[0], -1, t.shape[-1])
 
 
