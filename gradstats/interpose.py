@@ -177,7 +177,9 @@ class Interposer(TorchFunctionMode):
         current = self.current
         assert current is not None
         for key, param in module._parameters.items():
-            if param is not None and getattr(param, ATTRIBUTE, None) is None:  # replaced since attaching
+            if (
+                param is not None and getattr(param, ATTRIBUTE, None) is None
+            ):  # replaced since attaching
                 self._adopt(f"{path}.{key}" if path else key, param)
         state = None if path in self.settled else random_state(self.device)
         while True:  # once, but for a module whose first try shows that it needs the fallback

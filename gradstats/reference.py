@@ -63,9 +63,8 @@ def linear_stats(x: Tensor, g: Tensor, weight: bool, bias: bool, moments: bool) 
     wide = stats_dtype(x.dtype)
     batch, _, i = x.shape
     o = g.shape[-1]
-    empty = x.new_empty(0)
-    none = empty.to(wide)
-    dw, w_sq, w_m2, db, b_sq, b_m2 = empty, none, none, empty, none, none
+    dw, w_sq, w_m2 = _nothing(x)
+    db, b_sq, b_m2 = _nothing(g)
     if weight:
         w = Welford((o, i), batch, x, moments)
         w.add_all(gb.to(wide).t() @ xb.to(wide) for gb, xb in zip(g, x, strict=True))
@@ -89,13 +88,22 @@ def sum_stats(c: Tensor, moments: bool) -> tuple[Tensor, Tensor, Tensor]:
     return total, sq_norm, m2
 
 
+def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient, sq_norm, m2) of a parameter that was not asked for: no two share memory."""
+    wide = stats_dtype(like.dtype)
+    return like.new_empty(0), like.new_empty(0, dtype=wide), like.new_empty(0, dtype=wide)
+
+
 def _affine(
     g: Tensor, xhat: Tensor, over: int, weight: bool, bias: bool, moments: bool, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """Statistics of a scale and shift, their contributions being sums over dimension `over`."""
-    none = g.new_empty(0)
-    dw, w_sq, w_m2 = sum_stats((g * xhat).sum(over), moments) if weight else (none, none, none)
-    db, b_sq, b_m2 = sum_stats(g.sum(over), moments) if bias else (none, none, none)
+    dw, w_sq, w_m2 = _nothing(g)
+    db, b_sq, b_m2 = _nothing(g)
+    if weight:
+        dw, w_sq, w_m2 = sum_stats((g * xhat).sum(over), moments)
+    if bias:
+        db, b_sq, b_m2 = sum_stats(g.sum(over), moments)
     return dw.to(dtype), db.to(dtype), w_sq, b_sq, w_m2, b_m2
 
 
@@ -207,9 +215,8 @@ def conv_stats(
     """
     wide = stats_dtype(x.dtype)
     shape = (g.shape[1], x.shape[1] // groups, *kernel_size)
-    empty = x.new_empty(0)
-    none = empty.to(wide)
-    dw, w_sq, w_m2, db, b_sq, b_m2 = empty, none, none, empty, none, none
+    dw, w_sq, w_m2 = _nothing(x)
+    db, b_sq, b_m2 = _nothing(g)
     if weight:
         like = x.new_empty(shape, dtype=wide)
 

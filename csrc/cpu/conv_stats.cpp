@@ -152,9 +152,10 @@ LinearStats conv_stats(const Tensor& x, const Tensor& g, IntArrayRef kernel_size
                        int64_t groups, bool weight, bool bias, bool moments) {
   const conv::Geometry geo = check(x, g, kernel_size, stride, padding, dilation, groups);
   const auto wide = stats_dtype(x.scalar_type());
-  const Tensor none = at::empty({0}, x.options().dtype(wide));
-  Tensor dw = at::empty({0}, x.options()), db = dw, w_sq = none, b_sq = none, w_m2 = none,
-         b_m2 = none;
+  // What is not wanted is empty; results of an operation must not share memory, not even none.
+  const auto none = [&](at::ScalarType dtype) { return at::empty({0}, x.options().dtype(dtype)); };
+  Tensor dw = none(x.scalar_type()), db = none(g.scalar_type());
+  Tensor w_sq = none(wide), b_sq = none(wide), w_m2 = none(wide), b_m2 = none(wide);
   const Tensor gw = g.to(wide);
   if (weight) {
     Tensor xw = x.to(wide);

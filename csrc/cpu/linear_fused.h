@@ -41,7 +41,8 @@ struct Grid {
   int64_t panels, pairs, tiles, chunks;
 
   Grid(int64_t in, int64_t out)
-      : panels(at::ceil_div<int64_t>(in, kCols<A>)), pairs((out + 1) / 2),
+      : panels(at::ceil_div<int64_t>(in, kCols<A>)),
+        pairs((out + 1) / 2),
         tiles(at::ceil_div<int64_t>(2 * pairs, kMaxRows)),
         // Columns are shared out too where there are too few tiles of rows for many threads.
         chunks(std::clamp<int64_t>(64 / tiles, 1, panels)) {}
@@ -115,7 +116,9 @@ class Packed {
     });
   }
 
-  const A* panel(int64_t k) const { return x_.template const_data_ptr<A>() + k * count_ * kCols<A>; }
+  const A* panel(int64_t k) const {
+    return x_.template const_data_ptr<A>() + k * count_ * kCols<A>;
+  }
   const A* tile(int64_t k) const { return g_.template const_data_ptr<A>() + count_ * grid_.row(k); }
   int64_t per_sample() const { return per_sample_; }
   int64_t count() const { return count_; }
@@ -161,7 +164,9 @@ class Pass {
 
  public:
   explicit Pass(const Problem<In>& problem)
-      : p_(problem), grid_(problem.in, problem.out), slots_(kFlat ? 0 : problem.samples),
+      : p_(problem),
+        grid_(problem.in, problem.out),
+        slots_(kFlat ? 0 : problem.samples),
         partial_(grid_.units() * slots_, 0.0) {}
 
   void run() {

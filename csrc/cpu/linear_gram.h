@@ -53,10 +53,14 @@ void inner_products(int64_t rows, int64_t cols, const A* a, int64_t lda, const A
                     int64_t n, double (&out)[kSide][kSide]) {
   auto with_side = [](int64_t side, auto f) {
     switch (side) {
-      case 1: return f(std::integral_constant<int, 1>{});
-      case 2: return f(std::integral_constant<int, 2>{});
-      case 3: return f(std::integral_constant<int, 3>{});
-      default: return f(std::integral_constant<int, 4>{});
+      case 1:
+        return f(std::integral_constant<int, 1>{});
+      case 2:
+        return f(std::integral_constant<int, 2>{});
+      case 3:
+        return f(std::integral_constant<int, 3>{});
+      default:
+        return f(std::integral_constant<int, 4>{});
     }
   };
   with_side(rows, [&](auto r) {

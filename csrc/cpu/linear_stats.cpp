@@ -41,8 +41,7 @@ void rank_one_norms(const Problem<In>& p, Acc<In>* sq_norm) {
   at::parallel_for(0, p.samples, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const double x = sum_squares(p.x.data + b * p.x.sample_stride, p.in);
-      sq_norm[b] = static_cast<Acc<In>>(
-          x * sum_squares(p.g.data + b * p.g.sample_stride, p.out));
+      sq_norm[b] = static_cast<Acc<In>>(x * sum_squares(p.g.data + b * p.g.sample_stride, p.out));
     }
   });
 }
@@ -110,9 +109,14 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
   if (weight && !no_weight) {
     const Tensor dense_x = with_dense_rows(x);
     const Tensor partial = x.scalar_type() == wide.dtype() ? dw : at::empty({out, in}, wide);
-    const Problem<In> problem{rows_of<In>(dense_x), g_rows,  samples,
-                              positions,            in,      out,
-                              dw.data_ptr<In>(),    partial.data_ptr<A>(),
+    const Problem<In> problem{rows_of<In>(dense_x),
+                              g_rows,
+                              samples,
+                              positions,
+                              in,
+                              out,
+                              dw.data_ptr<In>(),
+                              partial.data_ptr<A>(),
                               moments ? w_m2.data_ptr<A>() : nullptr};
     weight_stats(problem, moments, w_sq.data_ptr<A>());
   }
@@ -137,9 +141,12 @@ LinearStats linear_stats(const Tensor& x, const Tensor& g, bool weight, bool bia
               "linear_stats: g must have the (B, T) of x, which has shape ", x.sizes(),
               ", got shape ", g.sizes());
   switch (x.scalar_type()) {
-    case at::kFloat: return run<float>(x, g, weight, bias, moments);
-    case at::kDouble: return run<double>(x, g, weight, bias, moments);
-    default: return run<at::BFloat16>(x, g, weight, bias, moments);
+    case at::kFloat:
+      return run<float>(x, g, weight, bias, moments);
+    case at::kDouble:
+      return run<double>(x, g, weight, bias, moments);
+    default:
+      return run<at::BFloat16>(x, g, weight, bias, moments);
   }
 }
 

@@ -213,15 +213,22 @@ void add_samples(const A* g, const A* x, int64_t words, int64_t samples, int64_t
 template <typename F>
 void with_rows(int rows, const F& f) {
   switch (rows) {
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-    case 6: return f(std::integral_constant<int, 6>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    case 6:
+      return f(std::integral_constant<int, 6>{});
 #if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
-    case 8: return f(std::integral_constant<int, 8>{});
-    case 10: return f(std::integral_constant<int, 10>{});
-    case 12: return f(std::integral_constant<int, 12>{});
+    case 8:
+      return f(std::integral_constant<int, 8>{});
+    case 10:
+      return f(std::integral_constant<int, 10>{});
+    case 12:
+      return f(std::integral_constant<int, 12>{});
 #endif
-    default: TORCH_INTERNAL_ASSERT(false, "no tile of ", rows, " rows");
+    default:
+      TORCH_INTERNAL_ASSERT(false, "no tile of ", rows, " rows");
   }
 }
 

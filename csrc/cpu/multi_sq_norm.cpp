@@ -23,10 +23,14 @@ struct Piece {
 
 double piece_sum(const Tensor& t, int64_t begin, int64_t count) {
   switch (t.scalar_type()) {
-    case at::kFloat: return sum_squares(t.const_data_ptr<float>() + begin, count);
-    case at::kDouble: return sum_squares(t.const_data_ptr<double>() + begin, count);
-    case at::kBFloat16: return sum_squares(t.const_data_ptr<at::BFloat16>() + begin, count);
-    default: return sum_squares(t.const_data_ptr<at::Half>() + begin, count);
+    case at::kFloat:
+      return sum_squares(t.const_data_ptr<float>() + begin, count);
+    case at::kDouble:
+      return sum_squares(t.const_data_ptr<double>() + begin, count);
+    case at::kBFloat16:
+      return sum_squares(t.const_data_ptr<at::BFloat16>() + begin, count);
+    default:
+      return sum_squares(t.const_data_ptr<at::Half>() + begin, count);
   }
 }
 
@@ -42,10 +46,10 @@ Tensor multi_sq_norm(const std::vector<Tensor>& tensors) {
     const auto kind = t.scalar_type();
     TORCH_CHECK(t.layout() == at::kStrided && t.is_cpu(), "multi_sq_norm: tensors[", i,
                 "] must be a dense tensor on the CPU, got ", t.layout(), " on ", t.device());
-    TORCH_CHECK(kind == at::kFloat || kind == at::kDouble || kind == at::kBFloat16 ||
-                    kind == at::kHalf,
-                "multi_sq_norm: tensors[", i,
-                "] must be float32, float64, bfloat16 or float16, got ", kind);
+    TORCH_CHECK(
+        kind == at::kFloat || kind == at::kDouble || kind == at::kBFloat16 || kind == at::kHalf,
+        "multi_sq_norm: tensors[", i, "] must be float32, float64, bfloat16 or float16, got ",
+        kind);
     wide = wide && kind == at::kDouble;
     // The order of the elements does not matter: any layout without gaps is read as it lies.
     dense[i] = t.is_non_overlapping_and_dense() ? t : t.contiguous();
