@@ -1,0 +1,34 @@
+"""The benchmark scripts run, on models too small to say anything about time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def _run(script: str, *args: str) -> str:
+    command = [sys.executable, str(BENCH / script), *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_step_overhead(tmp_path: Path) -> None:
+    out = tmp_path / "steps.json"
+    args = ["--tiny", "--rounds", "2", "--turn-seconds", "0", "--models", "mlp"]
+    text = _run("step_overhead.py", *args, "--json", str(out))
+    rows = json.loads(out.read_text())["models"]["mlp"]
+    assert rows["plain"]["ratio"]["median"] == 1.0
+    for kind in ("norms", "norms+moments"):
+        assert rows[f"gradstats {kind}"]["status"] == "ok"
+        assert f"gradstats {kind}" in text
+    assert all(row["status"] in ("ok", "refused") for row in rows.values()), rows
+
+
+def test_gpu_dry_run() -> None:
+    text = _run("gpu.py", "--dry-run", "--only", "linear", "norm", "multi")
+    assert text.endswith("dry run on the CPU: every check passed\n")
