@@ -55,6 +55,9 @@ def arch_flags(cxx: list[str]) -> list[str]:
         level = "AVX2"
         if {"__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__"} <= macros:
             level = "AVX512"
+    if level == "DEFAULT":
+        # GCC 12 miscompiles at::vec's portable vectors (float64 sums came out wrong) without these.
+        flags += ["-fno-strict-aliasing", "-fno-tree-slp-vectorize"]
     return [*flags, f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}"]
 
 

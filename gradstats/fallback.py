@@ -21,7 +21,7 @@ from gradstats.interpose import FallbackFailed, Interposer, random_state, restor
 from gradstats.probes import ATTRIBUTE, CONSTANT, row_gradient
 from gradstats.reference import stats_dtype
 
-CHUNK_BYTES = 2**28
+_TENSOR = object()
 
 
 class FallbackWarning(UserWarning):
@@ -213,20 +213,25 @@ class _Plan:
         if not self.vectorised:
             return one({n: e[0] for n, e in expanded.items()}, leaves)
 
-        def each(params: dict[str, Tensor], values: list[Tensor]) -> Any:
+        shape: list[
+            Any
+        ] = []  # of the output: its leaves, with places for the tensors, and its spec
+
+        def each(params: dict[str, Tensor], values: list[Tensor]) -> list[Tensor]:
             it = iter(values)
             full = [next(it).unsqueeze(dim) if b else v
                     for v, b in zip(leaves, batched, strict=True)]  # fmt: skip
-            return one(params, full)
+            flat, out_spec = pytree.tree_flatten(one(params, full))
+            shape[:] = [_TENSOR if isinstance(v, Tensor) else v for v in flat], out_spec
+            return [v for v in flat if isinstance(v, Tensor)]
 
         values = [v for v, b in zip(leaves, batched, strict=True) if b]
         mapped = torch.func.vmap(each, in_dims=(0, dim), randomness="different")
         out = mapped(expanded, values)
-        flat, out_spec = pytree.tree_flatten(out)
-        dims = iter(self.out_dims)
-        flat = [t.movedim(0, d).flatten(d, d + 1) if (d := next(dims)) >= 0 else t[0]
-                for t in flat]  # fmt: skip
-        return pytree.tree_unflatten(flat, out_spec)
+        merged = iter(t.movedim(0, d).flatten(d, d + 1) if d >= 0 else t[0]
+                      for t, d in zip(out, self.out_dims, strict=True))  # fmt: skip
+        rest, out_spec = shape
+        return pytree.tree_unflatten([next(merged) if v is _TENSOR else v for v in rest], out_spec)
 
     def _join(self, outputs: list[Any]) -> Any:
         if len(outputs) == 1:

@@ -37,7 +37,6 @@ class SecondMoments:
         """
         snapshots, self._snapshots = self._snapshots[: len(batches) - 1], []
         found: dict[str, Tensor] = {}
-        total = sum(batches)
         complete = len(snapshots) == len(batches) - 1
         for i, (name, param) in enumerate(zip(self._interposer.index, self._params(), strict=True)):
             probe = self._interposer.marks[name].m2
@@ -45,13 +44,21 @@ class SecondMoments:
             m2, probe.grad = probe.grad, None
             if m2 is None or not complete or param.grad is None:
                 continue
-            before = torch.zeros_like(m2)
-            mean = param.grad.to(m2.dtype) / max(total, 1)
-            for k, n in enumerate(batches if len(batches) > 1 else ()):
-                after = snapshots[k][i] if k < len(snapshots) else param.grad
-                after = before if after is None else after.to(m2.dtype)
-                if n:
-                    m2 = m2 + ((after - before) / n - mean).square() * n
-                before = after
+            if len(batches) > 1:
+                m2 = m2 + self._between(i, param.grad.to(m2.dtype), snapshots, batches)
             found[name] = m2
         return found
+
+    @staticmethod
+    def _between(
+        i: int, total: Tensor, snapshots: list[list[Tensor | None]], batches: Sequence[int]
+    ) -> Tensor:
+        mean = total / max(sum(batches), 1)
+        spread, before = torch.zeros_like(total), torch.zeros_like(total)
+        for k, n in enumerate(batches):
+            grown = snapshots[k][i] if k < len(snapshots) else total
+            after = before if grown is None else grown.to(total.dtype)
+            if n:
+                spread += ((after - before) / n - mean).square() * n
+            before = after
+        return spread

@@ -13,7 +13,7 @@ from gradstats import advice, estimators, record
 from gradstats.attach import install, plain, uninstall
 from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
 from gradstats.moments import SecondMoments
-from gradstats.stats import GradStats, Moments
+from gradstats.stats import Coverage, GradStats, Moments
 
 HISTORY = 10_000
 Method = Literal["per_sample"]
@@ -109,9 +109,8 @@ class Monitor:
         # Steps still on the device, until somebody reads.
         self._pending: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=HISTORY)
         self._history: deque[tuple[int, float, float]] = deque(maxlen=HISTORY)
-        self._last: GradStats | None = None
-        self._restored_coverage = 1.0
-        self._restored_batch: int | None = None
+        self._last_coverage: Coverage | float = 1.0
+        self._last_batch: int | None = None
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -154,8 +153,8 @@ class Monitor:
     def _next(self, stats: GradStats | None) -> GradStats | None:
         self._steps += 1
         self._interposer.enabled = self._steps % self.every == 0
-        if stats is not None:
-            self._last = stats
+        if stats is not None:  # not the record itself, which may hold a tensor for every weight
+            self._last_coverage, self._last_batch = stats.coverage, stats.num_samples
         return stats
 
     def _owner(self, name: str) -> tuple[dict[str, Any], str]:
@@ -202,7 +201,7 @@ class Monitor:
             NoStatisticsError: nothing was measured yet.
         """
         if batch_size is None:
-            batch_size = self._last.num_samples if self._last else self._restored_batch
+            batch_size = self._last_batch
         if not batch_size:
             raise NoStatisticsError(
                 "recommend() needs at least one measured step to know the present batch size. Train "
@@ -236,7 +235,8 @@ class Monitor:
         return counts, [t for _, t, _ in self._history], [g for _, _, g in self._history]
 
     def _coverage(self) -> float:
-        return self._restored_coverage if self._last is None else self._last.coverage.fraction
+        last = self._last_coverage
+        return last if isinstance(last, float) else last.fraction
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -250,7 +250,7 @@ class Monitor:
             "tr_sigma": tr_sigma,
             "true_grad_sq_norm": true_grad,
             "coverage": self._coverage(),
-            "batch_size": self._last.num_samples if self._last else self._restored_batch,
+            "batch_size": self._last_batch,
             "parameters": list(self._interposer.index),
         }
 
@@ -273,9 +273,7 @@ class Monitor:
         )
         self._steps = state["steps"]
         self._interposer.enabled = self._steps % self.every == 0
-        self._last = None
-        self._restored_coverage = state["coverage"]
-        self._restored_batch = state["batch_size"]
+        self._last_coverage, self._last_batch = float(state["coverage"]), state["batch_size"]
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`. What was measured can still be read."""

@@ -50,6 +50,20 @@ class Custom(nn.Module):
         return x @ self.mix
 
 
+class ClassToken(nn.Module):
+    """A learned token before the sequence, as in a vision transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.head = nn.Parameter(torch.randn(1, 1, 6)), nn.Linear(6, 3)
+        self.last = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, last = self.token.expand(len(x), -1, -1), self.last.expand_as(x[:, :2])
+        mixed = torch.cat([first, x, last], 1) + x.mean(1, keepdim=True)
+        return self.head(torch.tanh(mixed))
+
+
 class Functional(nn.Module):
     """Weights used through functions: F.linear, a transposed view, addmm, a product from the left."""
 
@@ -217,6 +231,7 @@ PROBLEMS = {
     "positions_as_long_as_the_batch": Problem(Positions, _ids, batch=7),
     "positions_repeated": Problem(RepeatedPositions, _ids),
     "custom": Problem(Custom, _sequence),
+    "class_token": Problem(ClassToken, _sequence),
     "functional": Problem(Functional, lambda n: torch.randn(n, 4, 6)),
     "frozen_parts": Problem(FrozenParts, _sequence),
     "in_place": Problem(InPlace, _sequence),

@@ -103,3 +103,18 @@ def _operand(use: Use, arg: Any, ndim: int) -> Any:
             "attach(batch_dim=...)",
         )
     return spread(use, arg, mark, ndim)
+
+
+@rule(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to)
+def expand(use: Use, func: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A class token: one parameter, laid out once for each sample."""
+    if not use.tracked(input):
+        return use.unruled(func, (input, *args), kwargs)
+    shape = func(input.detach(), *args, **kwargs).shape
+    offset = use.batch_dim - (len(shape) - input.dim())
+    alike = offset < 0 or input.shape[offset] == 1
+    if len(shape) <= use.batch_dim or shape[use.batch_dim] != use.batch or not alike:
+        return use.unruled(func, (input, *args), kwargs)
+    mark = use.mark(input)
+    assert mark is not None
+    return spread(use, input, mark, len(shape)).expand(shape)
