@@ -1,4 +1,5 @@
-// Every statistics operation of the CPU backend, one line each; gradstats/reference.py defines them.
+// Every statistics operation of the CPU backend, one line each; gradstats/reference.py defines
+// them.
 #pragma once
 
 #include <ATen/ATen.h>

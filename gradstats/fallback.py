@@ -17,7 +17,8 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from gradstats.interpose import FallbackFailed, Interposer, random_state, restore_random_state
+from gradstats.calls import FallbackFailed, random_state, restore_random_state
+from gradstats.interpose import Interposer
 from gradstats.probes import ATTRIBUTE, CONSTANT, row_gradient
 from gradstats.reference import stats_dtype
 

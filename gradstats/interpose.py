@@ -20,6 +20,17 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gradstats.calls import (
+    FallbackFailed,
+    NeedsFallback,
+    function_name,
+    named,
+    random_state,
+    restore_random_state,
+    tensors_in,
+    within,
+    writes_into,
+)
 from gradstats.errors import BatchDimError, UnsupportedLayerError
 from gradstats.probes import (
     ATTRIBUTE,
@@ -37,38 +48,6 @@ from gradstats.rules import RULES
 
 _live: weakref.WeakValueDictionary[int, Interposer] = weakref.WeakValueDictionary()
 _keys = itertools.count()
-
-
-class NeedsFallback(BaseException):
-    """Parameter `name` is used in a way no rule covers: run this frame's module by the fallback.
-
-    Not an Exception, so that a model's own `except Exception` cannot swallow it.
-    """
-
-    def __init__(self, frame: Frame, name: str, reason: str) -> None:
-        super().__init__(frame.path, name, reason)
-        self.frame, self.name, self.reason = frame, name, reason
-
-
-class FallbackFailed(BaseException):
-    """The fallback cannot run this frame's module."""
-
-    def __init__(self, frame: Frame, need: NeedsFallback, reason: str) -> None:
-        super().__init__(frame.path, need.name, reason)
-        self.frame, self.need, self.reason = frame, need, reason
-
-
-def tensors_in(*values: object) -> list[Tensor]:
-    """The tensors among arguments, and in tuples, lists and mappings among them."""
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (tuple, list)):
-            found += tensors_in(*value)
-        elif isinstance(value, Mapping):
-            found += tensors_in(*value.values())
-    return found
 
 
 def _ensure_shared_leaf(ctx: Any) -> None:
@@ -242,7 +221,7 @@ class Interposer(TorchFunctionMode):
         fitting = [p for p in self._passes if p.batch == batch]
         if not fitting or (len(fitting) > 1 and any(p.skipped for p in fitting)):
             raise UnsupportedLayerError(
-                f"{_named(path)} is recomputed by a checkpoint in the backward, and {len(fitting)} "
+                f"{named(path)} is recomputed by a checkpoint in the backward, and {len(fitting)} "
                 "forward passes could be the one it belongs to. Use "
                 "checkpoint(..., use_reentrant=False), or run backward before the next forward."
             )
@@ -259,7 +238,7 @@ class Interposer(TorchFunctionMode):
             if tensor.dim() > self.batch_dim:
                 return tensor.shape[self.batch_dim]
         raise BatchDimError(
-            f"{_named(path)} was called without a tensor that has a dimension {self.batch_dim}, so "
+            f"{named(path)} was called without a tensor that has a dimension {self.batch_dim}, so "
             "the number of samples is not known. Pass the batch to the module that you attached, or "
             "set attach(batch_dim=...)."
         )
@@ -286,10 +265,10 @@ class Interposer(TorchFunctionMode):
             elif mark.name is not None:
                 constant = False
                 if tensor.requires_grad and any(t.requires_grad for t in tensors_in(out)):
-                    self._not_ruled(mark.name, _function_name(func))
+                    self._not_ruled(mark.name, function_name(func))
         if constant and isinstance(out, Tensor) and not out.requires_grad:
             setattr(out, ATTRIBUTE, CONSTANT)  # made from nothing that a sample went into
-        elif args and getattr(args[0], ATTRIBUTE, None) is CONSTANT and _writes(func):
+        elif args and getattr(args[0], ATTRIBUTE, None) is CONSTANT and writes_into(func):
             delattr(args[0], ATTRIBUTE)  # a sample was written into it
         return out
 
@@ -305,7 +284,7 @@ class Interposer(TorchFunctionMode):
             self.uncovered[name] = f"{reason}; the fallback does not run in a compiled forward"
             return
         for frame in reversed(self.stack):
-            owned = any(_within(alias, frame.path) for alias in self.aliases[name])
+            owned = any(within(alias, frame.path) for alias in self.aliases[name])
             if owned and (not earlier or frame in earlier):
                 need = NeedsFallback(frame, name, f"{name}: {reason}")
                 if frame.path not in self.settled:
@@ -368,38 +347,8 @@ class Interposer(TorchFunctionMode):
         raise UnsupportedLayerError(f"{self._where()}: {what}. Instead, {instead}.")
 
     def _where(self) -> str:
-        return _named(self.stack[-1].path if self.stack else "")
+        return named(self.stack[-1].path if self.stack else "")
 
 
 def _nobody() -> None:
     return None
-
-
-def _named(path: str) -> str:
-    return f"layer {path!r}" if path else "the model"
-
-
-def _within(name: str, path: str) -> bool:
-    return path == "" or name.startswith(path + ".")
-
-
-def _writes(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-
-
-def _function_name(func: Any) -> str:
-    name = getattr(func, "__name__", repr(func))
-    return name if name != "__get__" else getattr(func.__self__, "__name__", name)
-
-
-def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), cuda
-
-
-def restore_random_state(state: tuple[Tensor, Tensor | None] | None) -> None:
-    if state is not None:
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1])

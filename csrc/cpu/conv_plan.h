@@ -10,7 +10,8 @@
 
 namespace gradstats::cpu::conv {
 
-using Dims = std::array<int64_t, 3>;  // depth, height, width; 1-d and 2-d calls are padded with ones
+using Dims =
+    std::array<int64_t, 3>;  // depth, height, width; 1-d and 2-d calls are padded with ones
 
 // Sums over positions run over at most this many terms before they are added to the tile in
 // memory: it bounds the rounding error of long sums and keeps a block of both operands in L1/L2.
@@ -49,7 +50,8 @@ struct Plan {
   std::vector<Tile> tiles;
 
   Plan(const Geometry& g, int64_t lanes_, int max_rows)
-      : geo(g), depthwise(g.groups > 1 && g.groups == g.in_channels && g.groups == g.out_channels),
+      : geo(g),
+        depthwise(g.groups > 1 && g.groups == g.in_channels && g.groups == g.out_channels),
         lanes(lanes_) {
     const int64_t out_per_group = g.out_channels / g.groups;
     width = depthwise ? lanes : g.in_channels / g.groups;
@@ -110,8 +112,7 @@ struct Plan {
     for (int64_t d = 0; d < geo.kernel[0]; ++d) {
       for (int64_t h = 0; h < geo.kernel[1]; ++h) {
         for (int64_t w = 0; w < (joined ? 1 : geo.kernel[2]); ++w) {
-          const int64_t x =
-              offset(d * geo.dilation[0], h * geo.dilation[1], w * geo.dilation[2]);
+          const int64_t x = offset(d * geo.dilation[0], h * geo.dilation[1], w * geo.dilation[2]);
           const int64_t parts = at::ceil_div(run, static_cast<int64_t>(max_rows));
           for (int64_t p = 0; p < parts; ++p) {
             const int64_t begin = run * p / parts, end = run * (p + 1) / parts;

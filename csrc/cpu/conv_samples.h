@@ -1,4 +1,5 @@
-// The walk over samples of a convolution's weight gradient: pack, sum tile by tile, take statistics.
+// The walk over samples of a convolution's weight gradient: pack, sum tile by tile, take
+// statistics.
 #pragma once
 
 #include <vector>
@@ -32,9 +33,16 @@ template <typename T>
 class WeightGradient {
  public:
   WeightGradient(const Plan& plan, const Tensor& x, const Tensor& g, T* sum, T* m2, double* sq)
-      : plan_(plan), x_(x), g_(g), sum_(sum), m2_(m2), sq_(sq),
-        two_(plan.lanes > at::vec::Vectorized<T>::size()), chunk_(samples_at_once(plan, sizeof(T))),
-        x_strides_(spatial_strides(x)), g_strides_(spatial_strides(g)) {
+      : plan_(plan),
+        x_(x),
+        g_(g),
+        sum_(sum),
+        m2_(m2),
+        sq_(sq),
+        two_(plan.lanes > at::vec::Vectorized<T>::size()),
+        chunk_(samples_at_once(plan, sizeof(T))),
+        x_strides_(spatial_strides(x)),
+        g_strides_(spatial_strides(g)) {
     for (const Tile& tile : plan.tiles) {
       kernels_.push_back(tile_sum_of<T>(tile.size, two_, plan.depthwise));
     }
@@ -75,16 +83,16 @@ class WeightGradient {
     const Dims& out = plan_.geo.out;
     const int64_t in_slice = panel * plan_.lanes;
     const int64_t first = slice * plan_.channels_per_slice() + in_slice;
-    const int64_t channels = std::min({plan_.lanes, plan_.channels_per_slice() - in_slice,
-                                       plan_.geo.out_channels - first});
+    const int64_t channels = std::min(
+        {plan_.lanes, plan_.channels_per_slice() - in_slice, plan_.geo.out_channels - first});
     if (channels < plan_.lanes) std::fill_n(dst, count * plan_.positions * plan_.lanes, T(0));
     for (int64_t s = 0; s < count; ++s) {
       const T* src = g_.const_data_ptr<T>() + (b + s) * g_.stride(0) + first * g_.stride(1);
       const int64_t length = g_rows_ ? plan_.positions : out[2];
       for (int64_t d = 0; d < (g_rows_ ? 1 : out[0]); ++d) {
         for (int64_t h = 0; h < (g_rows_ ? 1 : out[1]); ++h, dst += length * plan_.lanes) {
-          pack(src + d * g_strides_[0] + h * g_strides_[1], g_.stride(1), g_strides_[2],
-                     channels, length, dst, plan_.lanes);
+          pack(src + d * g_strides_[0] + h * g_strides_[1], g_.stride(1), g_strides_[2], channels,
+               length, dst, plan_.lanes);
         }
       }
     }
@@ -103,8 +111,8 @@ class WeightGradient {
         T* out = blocks == 1 ? grad : grad + at;
         for (int64_t s = 0; s < count; ++s) {
           kernels_[t](xs + s * plan_.padded_size + tile.x,
-                      gs + (s * plan_.positions + k * kBlock) * plan_.lanes, from, to,
-                      plan_.step, plan_.tap, k == 0, out);
+                      gs + (s * plan_.positions + k * kBlock) * plan_.lanes, from, to, plan_.step,
+                      plan_.tap, k == 0, out);
           if (k + 1 < blocks) continue;
           sq[s] += absorb(out, size, seen + s, sum + at, m2 == nullptr ? nullptr : m2 + at);
         }

@@ -30,8 +30,8 @@ conv::Geometry check(const Tensor& x, const Tensor& g, IntArrayRef kernel_size, 
   TORCH_CHECK(spatial >= 1 && spatial <= 3,
               "conv_stats: x must be (B, I, *spatial) with 1 to 3 spatial dimensions, got ",
               x.sizes());
-  TORCH_CHECK(g.dim() == x.dim() && g.size(0) == x.size(0), "conv_stats: g must be (B, O, *out) as ",
-              "x is ", x.sizes(), ", got ", g.sizes());
+  TORCH_CHECK(g.dim() == x.dim() && g.size(0) == x.size(0),
+              "conv_stats: g must be (B, O, *out) as ", "x is ", x.sizes(), ", got ", g.sizes());
   TORCH_CHECK(g.scalar_type() == x.scalar_type(), "conv_stats: g must have the dtype of x, ",
               x.scalar_type(), ", got ", g.scalar_type());
   conv::Geometry geo{dims_of("spatial", x.sizes().slice(2), spatial, 1),
@@ -40,15 +40,18 @@ conv::Geometry check(const Tensor& x, const Tensor& g, IntArrayRef kernel_size, 
                      dims_of("stride", stride, spatial, 1),
                      dims_of("padding", padding, spatial, 0),
                      dims_of("dilation", dilation, spatial, 1),
-                     x.size(0), x.size(1), g.size(1), groups};
+                     x.size(0),
+                     x.size(1),
+                     g.size(1),
+                     groups};
   TORCH_CHECK(groups >= 1 && geo.in_channels % groups == 0 && geo.out_channels % groups == 0,
               "conv_stats: groups must divide the channels of x ", x.sizes(), " and g ", g.sizes(),
               ", got ", groups);
   for (int d = 0; d < 3; ++d) {
-    TORCH_CHECK(geo.kernel[d] >= 1 && geo.stride[d] >= 1 && geo.dilation[d] >= 1 &&
-                    geo.padding[d] >= 0,
-                "conv_stats: kernel_size, stride and dilation must be positive, padding not ",
-                "negative, got ", kernel_size, ", ", stride, ", ", dilation, ", ", padding);
+    TORCH_CHECK(
+        geo.kernel[d] >= 1 && geo.stride[d] >= 1 && geo.dilation[d] >= 1 && geo.padding[d] >= 0,
+        "conv_stats: kernel_size, stride and dilation must be positive, padding not ",
+        "negative, got ", kernel_size, ", ", stride, ", ", dilation, ", ", padding);
     const int64_t reach = geo.dilation[d] * (geo.kernel[d] - 1) + 1;
     const int64_t room = geo.in[d] + 2 * geo.padding[d] - reach;
     TORCH_CHECK(room >= 0 && geo.out[d] == room / geo.stride[d] + 1, "conv_stats: g has shape ",
@@ -86,23 +89,24 @@ Tensor unpack(const Tensor& packed, const Plan& plan, IntArrayRef kernel_size) {
   T* dst = out.data_ptr<T>();
   at::parallel_for(0, plan.units(), at::ceil_div<int64_t>(1 << 14, plan.panel_size()),
                    [&](int64_t begin, int64_t end) {
-    std::vector<T> rows(plan.panel_size());
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t lane = unit % plan.panels * plan.lanes;
-      const int64_t first = unit / plan.panels * plan.channels_per_slice() + lane;
-      const int64_t count = std::min({plan.lanes, plan.channels_per_slice() - lane,
-                                      plan.geo.out_channels - first});
-      conv::pack(src + unit * plan.panel_size(), plan.lanes, 1, plan.rows, count, rows.data(),
-                 plan.rows);
-      for (int64_t o = 0; o < count; ++o) {
-        const T* from = rows.data() + o * plan.rows;
-        T* to = dst + (first + o) * plan.rows;
-        for (int64_t i = 0; i < channels; ++i) {
-          for (int64_t k = 0; k < taps; ++k) to[i * taps + k] = from[k * channels + i];
-        }
-      }
-    }
-  });
+                     std::vector<T> rows(plan.panel_size());
+                     for (int64_t unit = begin; unit < end; ++unit) {
+                       const int64_t lane = unit % plan.panels * plan.lanes;
+                       const int64_t first = unit / plan.panels * plan.channels_per_slice() + lane;
+                       const int64_t count = std::min({plan.lanes, plan.channels_per_slice() - lane,
+                                                       plan.geo.out_channels - first});
+                       conv::pack(src + unit * plan.panel_size(), plan.lanes, 1, plan.rows, count,
+                                  rows.data(), plan.rows);
+                       for (int64_t o = 0; o < count; ++o) {
+                         const T* from = rows.data() + o * plan.rows;
+                         T* to = dst + (first + o) * plan.rows;
+                         for (int64_t i = 0; i < channels; ++i) {
+                           for (int64_t k = 0; k < taps; ++k)
+                             to[i * taps + k] = from[k * channels + i];
+                         }
+                       }
+                     }
+                   });
   return out;
 }
 
@@ -122,8 +126,9 @@ std::tuple<Tensor, Tensor, Tensor> weight_stats(const conv::Geometry& geo, const
   at::parallel_for(0, cut.parts * cut.shares, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t p = item / cut.shares, q = item % cut.shares;
-      conv::WeightGradient<T>(plan, x, g, sum.data_ptr<T>() + p * n, moments ? m2_data + p * n : nullptr,
-                        sq.data_ptr<double>() + q * geo.batch)
+      conv::WeightGradient<T>(plan, x, g, sum.data_ptr<T>() + p * n,
+                              moments ? m2_data + p * n : nullptr,
+                              sq.data_ptr<double>() + q * geo.batch)
           .run(split(geo.batch, cut.parts, p), split(geo.batch, cut.parts, p + 1),
                split(plan.units(), cut.shares, q), split(plan.units(), cut.shares, q + 1));
     }
@@ -172,9 +177,8 @@ LinearStats conv_stats(const Tensor& x, const Tensor& g, IntArrayRef kernel_size
   }
   if (bias) {
     const Tensor c = gw.flatten(2).sum(2).contiguous();
-    std::tie(db, b_sq, b_m2) = wide == at::kDouble
-                                   ? bias_stats<double>(c, moments, g.scalar_type())
-                                   : bias_stats<float>(c, moments, g.scalar_type());
+    std::tie(db, b_sq, b_m2) = wide == at::kDouble ? bias_stats<double>(c, moments, g.scalar_type())
+                                                   : bias_stats<float>(c, moments, g.scalar_type());
   }
   return {dw, db, w_sq, b_sq, w_m2, b_m2};
 }

@@ -46,9 +46,15 @@ class Lookup {
   using T = Wide<Scalar>;
 
   Lookup(const ByRow& by_row, const Tensor& g, const Tensor& dw, const Tensor& m2, const Tensor& sq)
-      : by_row_(by_row), g_(g.const_data_ptr<Scalar>()), dw_(dw.data_ptr<Scalar>()),
-        m2_(m2.numel() == 0 ? nullptr : m2.data_ptr<T>()), sq_(sq.data_ptr<double>()),
-        batch_(g.size(0)), length_(g.size(1)), d_(g.size(2)), sample_stride_(g.stride(0)),
+      : by_row_(by_row),
+        g_(g.const_data_ptr<Scalar>()),
+        dw_(dw.data_ptr<Scalar>()),
+        m2_(m2.numel() == 0 ? nullptr : m2.data_ptr<T>()),
+        sq_(sq.data_ptr<double>()),
+        batch_(g.size(0)),
+        length_(g.size(1)),
+        d_(g.size(2)),
+        sample_stride_(g.stride(0)),
         position_stride_(g.stride(1)) {}
 
   // Writes dw and m2 of row v, and each sample's squared norm at the place in `order` of its first
@@ -162,10 +168,9 @@ std::tuple<Tensor, Tensor, Tensor> embedding_stats(const Tensor& ids, const Tens
               num_embeddings);
   const Tensor index = ids.to(at::kLong).contiguous();
   const Tensor by_rows = g.stride(2) == 1 ? g : g.contiguous();
-  return AT_DISPATCH_FLOATING_TYPES_AND(
-      at::kBFloat16, g.scalar_type(), "embedding_stats", [&] {
-        return run<scalar_t>(index, by_rows, num_embeddings, padding_idx, moments);
-      });
+  return AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, g.scalar_type(), "embedding_stats", [&] {
+    return run<scalar_t>(index, by_rows, num_embeddings, padding_idx, moments);
+  });
 }
 
 }  // namespace gradstats::cpu

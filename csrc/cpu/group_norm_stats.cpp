@@ -73,7 +73,8 @@ void group_backward(const Scalar* g, const Scalar* x, T mean, T rstd, const T* s
   }
   if (dx == nullptr) return;
   const double n = static_cast<double>(channels) * static_cast<double>(s);
-  const T slope = static_cast<T>(-gx_sum / n * rstd * rstd), offset = static_cast<T>(-g_sum / n * rstd);
+  const T slope = static_cast<T>(-gx_sum / n * rstd * rstd),
+          offset = static_cast<T>(-g_sum / n * rstd);
   T* out = scratch.data() + 2 * channels * s;
   if constexpr (kSame) out = dx;
   for (int64_t c = 0; c < channels; ++c) {
@@ -146,11 +147,10 @@ NormStats group_norm_stats(const Tensor& g, const Tensor& x, const Tensor& mean,
   const auto wide = stats_dtype(x.scalar_type());
   const auto dense = [&](const Tensor& t) { return t.to(wide).contiguous(); };
   const auto dtype = scale ? scale->scalar_type() : x.scalar_type();
-  return AT_DISPATCH_FLOATING_TYPES_AND(
-      at::kBFloat16, x.scalar_type(), "group_norm_stats", [&] {
-        return run<scalar_t>(g.contiguous(), x.contiguous(), dense(mean), dense(rstd),
-                             scale ? dense(*scale) : Tensor(), dtype, input, weight, bias, moments);
-      });
+  return AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "group_norm_stats", [&] {
+    return run<scalar_t>(g.contiguous(), x.contiguous(), dense(mean), dense(rstd),
+                         scale ? dense(*scale) : Tensor(), dtype, input, weight, bias, moments);
+  });
 }
 
 }  // namespace gradstats::cpu

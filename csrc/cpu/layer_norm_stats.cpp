@@ -10,8 +10,8 @@
 namespace gradstats::cpu {
 namespace {
 
-constexpr int64_t kRows = 2;       // rows taken together: the sums are loaded and stored once for all
-constexpr int64_t kBlock = 256;    // rows summed before they are added on: bounds rounding errors
+constexpr int64_t kRows = 2;     // rows taken together: the sums are loaded and stored once for all
+constexpr int64_t kBlock = 256;  // rows summed before they are added on: bounds rounding errors
 constexpr int64_t kMinShare = 64;  // a sample is not cut into fewer rows than this
 
 template <typename T>
@@ -80,7 +80,8 @@ struct Rows {
   Rows() = default;
   explicit Rows(const Tensor& t)
       : data(const_cast<Scalar*>(t.const_data_ptr<std::remove_const_t<Scalar>>())),
-        sample(t.stride(0)), position(t.stride(1)) {}
+        sample(t.stride(0)),
+        position(t.stride(1)) {}
   Scalar* at(int64_t b, int64_t t) const { return data + b * sample + t * position; }
 };
 
@@ -91,8 +92,13 @@ class LayerNorm {
 
   LayerNorm(const Tensor& g, const Tensor& x, const Tensor& mean, const Tensor& rstd,
             const Tensor& scale, const Tensor& dx, bool bias)
-      : g_(g), x_(x), rstd_(rstd.const_data_ptr<T>()), length_(x.size(1)), d_(x.size(2)),
-        kernel_(pick(mean.defined(), bias, false)), single_(pick(mean.defined(), bias, true)) {
+      : g_(g),
+        x_(x),
+        rstd_(rstd.const_data_ptr<T>()),
+        length_(x.size(1)),
+        d_(x.size(2)),
+        kernel_(pick(mean.defined(), bias, false)),
+        single_(pick(mean.defined(), bias, true)) {
     if (dx.defined()) dx_ = Rows<Scalar>(dx);
     if (mean.defined()) mean_ = mean.const_data_ptr<T>();
     if (scale.defined()) scale_ = scale.const_data_ptr<T>();
@@ -170,7 +176,8 @@ NormStats run(const Tensor& g, const Tensor& x, const Tensor& mean, const Tensor
   const LayerNorm<Scalar> norm(g, x, mean, rstd, scale, dx, bias);
   SampleStats<T> w(weight, batch, d, moments, x.options()), b(bias, batch, d, moments, x.options());
   // Few samples for the threads: cut each into shares of its positions, added up in order below.
-  const int64_t wanted = at::ceil_div<int64_t>(8 * at::get_num_threads(), std::max<int64_t>(1, batch));
+  const int64_t wanted =
+      at::ceil_div<int64_t>(8 * at::get_num_threads(), std::max<int64_t>(1, batch));
   const int64_t shares = std::max<int64_t>(1, std::min(wanted, length / kMinShare));
   Tensor slab;
   if (shares > 1 && at::get_num_threads() > 1) {
@@ -230,11 +237,10 @@ NormStats layer_norm_stats(const Tensor& g, const Tensor& x, const std::optional
   const auto by_rows = [](const Tensor& t) { return t.stride(2) == 1 ? t : t.contiguous(); };
   const auto dense = [&](const Tensor& t) { return t.to(wide).contiguous(); };
   const auto dtype = scale ? scale->scalar_type() : x.scalar_type();
-  return AT_DISPATCH_FLOATING_TYPES_AND(
-      at::kBFloat16, x.scalar_type(), "layer_norm_stats", [&] {
-        return run<scalar_t>(by_rows(g), by_rows(x), mean ? dense(*mean) : Tensor(), dense(rstd),
-                             scale ? dense(*scale) : Tensor(), dtype, input, weight, bias, moments);
-      });
+  return AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "layer_norm_stats", [&] {
+    return run<scalar_t>(by_rows(g), by_rows(x), mean ? dense(*mean) : Tensor(), dense(rstd),
+                         scale ? dense(*scale) : Tensor(), dtype, input, weight, bias, moments);
+  });
 }
 
 }  // namespace gradstats::cpu

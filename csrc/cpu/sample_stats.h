@@ -130,9 +130,9 @@ class SampleStats {
   // Sample b, of part p; within a part the samples come in order.
   void add(int64_t p, int64_t b, const T* contribution) {
     if (!wanted_) return;
-    sq_data_[b] = static_cast<T>(absorb(contribution, n_, b - split(batch_, parts_, p),
-                                        sum_data_ + p * n_,
-                                        m2_data_ == nullptr ? nullptr : m2_data_ + p * n_));
+    sq_data_[b] =
+        static_cast<T>(absorb(contribution, n_, b - split(batch_, parts_, p), sum_data_ + p * n_,
+                              m2_data_ == nullptr ? nullptr : m2_data_ + p * n_));
   }
 
   // (sum as `dtype`, sq_norm, m2)

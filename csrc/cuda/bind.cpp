@@ -1,8 +1,6 @@
 // The CUDA launchers as Python functions of the extension: checks, device, stream, launch errors.
 // Compiled only against a CUDA build of torch, with GRADSTATS_WITH_CUDA defined for host.cpp.
 
-#include "ops.cuh"
-
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/cuda/CUDAException.h>
@@ -12,6 +10,8 @@
 
 #include <limits>
 #include <vector>
+
+#include "ops.cuh"
 
 namespace gradstats {
 namespace {
@@ -26,9 +26,12 @@ void check_device(const char* op, const Tensor& t, const Tensor& first) {
 
 cuda::DType dtype_of(const char* op, const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat: return cuda::DType::kFloat32;
-    case at::kBFloat16: return cuda::DType::kBFloat16;
-    case at::kHalf: return cuda::DType::kFloat16;
+    case at::kFloat:
+      return cuda::DType::kFloat32;
+    case at::kBFloat16:
+      return cuda::DType::kBFloat16;
+    case at::kHalf:
+      return cuda::DType::kFloat16;
     default:
       TORCH_CHECK_TYPE(false, op, " (cuda): takes float32, bfloat16 and float16, got ",
                        t.scalar_type(), "; backend 'reference' takes the rest");

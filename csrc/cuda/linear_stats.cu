@@ -48,9 +48,12 @@ cudaError_t rank_one_sq_norm(Rows x, Rows g, int64_t batch, DType dtype, float* 
                              cudaStream_t stream) {
   if (batch == 0) return cudaSuccess;
   switch (dtype) {
-    case DType::kFloat32: return launch<float>(x, g, batch, out, stream);
-    case DType::kBFloat16: return launch<__nv_bfloat16>(x, g, batch, out, stream);
-    case DType::kFloat16: return launch<__half>(x, g, batch, out, stream);
+    case DType::kFloat32:
+      return launch<float>(x, g, batch, out, stream);
+    case DType::kBFloat16:
+      return launch<__nv_bfloat16>(x, g, batch, out, stream);
+    case DType::kFloat16:
+      return launch<__half>(x, g, batch, out, stream);
   }
   return cudaErrorInvalidValue;
 }

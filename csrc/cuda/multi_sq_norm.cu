@@ -4,10 +4,10 @@
 // table of tensors travels as a kernel parameter, so nothing is copied to the device and a CUDA
 // graph can hold the call. A second, tiny launch adds each tensor's partial sums in order.
 
+#include <algorithm>
+
 #include "ops.cuh"
 #include "sum_squares.cuh"
-
-#include <algorithm>
 
 namespace gradstats::cuda {
 namespace {
@@ -30,7 +30,7 @@ struct Table {
   int32_t chunks;
 };
 
-using Small = Table<128>;    // what most models need; a parameter is copied at every launch
+using Small = Table<128>;  // what most models need; a parameter is copied at every launch
 using Large = Table<1024>;
 static_assert(sizeof(Small) <= 4000, "fits the parameters of any device");
 static_assert(sizeof(Large) <= 32000, "fits the parameters of CUDA 12.1 and later, 32764 bytes");
@@ -62,9 +62,15 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t local = chunk - entry.first_chunk;
   float sum = 0.0f;
   switch (entry.dtype) {
-    case DType::kFloat32: sum = chunk_sum<float>(entry, local); break;
-    case DType::kBFloat16: sum = chunk_sum<__nv_bfloat16>(entry, local); break;
-    case DType::kFloat16: sum = chunk_sum<__half>(entry, local); break;
+    case DType::kFloat32:
+      sum = chunk_sum<float>(entry, local);
+      break;
+    case DType::kBFloat16:
+      sum = chunk_sum<__nv_bfloat16>(entry, local);
+      break;
+    case DType::kFloat16:
+      sum = chunk_sum<__half>(entry, local);
+      break;
   }
   sum = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) partials[chunk] = sum;
@@ -83,8 +89,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename TableT>
-cudaError_t launch(const Span* spans, int count, float* partials, float* out,
-                   cudaStream_t stream) {
+cudaError_t launch(const Span* spans, int count, float* partials, float* out, cudaStream_t stream) {
   TableT table;
   int64_t chunks = 0;
   for (int i = 0; i < count; ++i) {

@@ -1,0 +1,73 @@
+"""Small parts of the interposer: looking at calls, and the way out of one that no rule covers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradstats.probes import Frame
+
+
+class NeedsFallback(BaseException):
+    """Parameter `name` is used in a way no rule covers: run this frame's module by the fallback.
+
+    Not an Exception, so that a model's own `except Exception` cannot swallow it.
+    """
+
+    def __init__(self, frame: Frame, name: str, reason: str) -> None:
+        super().__init__(frame.path, name, reason)
+        self.frame, self.name, self.reason = frame, name, reason
+
+
+class FallbackFailed(BaseException):
+    """The fallback cannot run this frame's module."""
+
+    def __init__(self, frame: Frame, need: NeedsFallback, reason: str) -> None:
+        super().__init__(frame.path, need.name, reason)
+        self.frame, self.need, self.reason = frame, need, reason
+
+
+def tensors_in(*values: object) -> list[Tensor]:
+    """The tensors among arguments, and in tuples, lists and mappings among them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += tensors_in(*value)
+        elif isinstance(value, Mapping):
+            found += tensors_in(*value.values())
+    return found
+
+
+def named(path: str) -> str:
+    return f"layer {path!r}" if path else "the model"
+
+
+def within(name: str, path: str) -> bool:
+    return path == "" or name.startswith(path + ".")
+
+
+def writes_into(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def function_name(func: Any) -> str:
+    name = getattr(func, "__name__", repr(func))
+    return name if name != "__get__" else getattr(func.__self__, "__name__", name)
+
+
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), cuda
+
+
+def restore_random_state(state: tuple[Tensor, Tensor | None] | None) -> None:
+    if state is not None:
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1])
