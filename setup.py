@@ -89,7 +89,9 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
     missing = []
     if torch.version.cuda is None:
         missing.append(f"torch {torch.__version__} is built without CUDA")
-    if cpp_extension.CUDA_HOME is None or not glob(f"{cpp_extension.CUDA_HOME}/bin/nvcc*"):
+    # A CPU build of torch does not look for the toolkit: its CUDA_HOME is None whatever there is.
+    home = cpp_extension.CUDA_HOME or os.environ.get("CUDA_HOME")
+    if shutil.which("nvcc") is None and not (home and glob(f"{home}/bin/nvcc*")):
         missing.append("nvcc was not found (looked in CUDA_HOME and on the path)")
     if "csrc/cuda/bind.cpp" not in cuda_sources:
         missing.append("this source tree has no csrc/cuda/bind.cpp")
@@ -97,10 +99,10 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
         fail(mode, " and ".join(missing), "install a CUDA torch and toolkit and set CUDA_HOME")
     cuda = mode != "cpu" and not missing
 
-    common = ["-O3", "-std=c++20", "-g0"]
+    common = ["-O3", "-std=c++20"]
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # else at::parallel_for is serial
     quiet = ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]  # torch's headers are full of both
-    args = {"cxx": [*common, *openmp, *quiet, "-fvisibility=hidden", *arch_flags(cxx)]}
+    args = {"cxx": [*common, "-g0", *openmp, *quiet, "-fvisibility=hidden", *arch_flags(cxx)]}
     kind = cpp_extension.CppExtension
     if cuda:
         kind = cpp_extension.CUDAExtension

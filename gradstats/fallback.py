@@ -142,10 +142,10 @@ class _Plan:
     def _announce(self) -> None:
         size = self._bytes()
         chunk = self._chunk(self.interposer.batch)
-        kind = type(self.module).__name__
+        kind, need = type(self.module).__name__, self.interposer.fallbacks[self.path]
         warnings.warn(
             f"gradstats measures {self.path or 'the model'!r} ({kind}) sample by sample: "
-            f"{self.interposer.fallbacks[self.path].reason}. Exact, at {size * chunk / 1e6:.1f} MB of "
+            f"{need.name}: {need.reason}. Exact, at {size * chunk / 1e6:.1f} MB of "
             f"per-sample gradients for {chunk} samples at a time"
             + ("." if self.vectorised else ", in a loop because vmap cannot run it."),
             FallbackWarning,

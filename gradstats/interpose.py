@@ -60,7 +60,7 @@ def _ensure_shared_leaf(ctx: Any) -> None:
 class Interposer(TorchFunctionMode):
     """Sees every torch function of the model's forward. One per monitor.
 
-    `names`: the trainable parameters in the order of their rows, `aliases` every name of each.
+    `aliases`: the parameters in the order of their rows, each with every name that it has.
     """
 
     def __init__(
@@ -156,9 +156,7 @@ class Interposer(TorchFunctionMode):
         current = self.current
         assert current is not None
         for key, param in module._parameters.items():
-            if (
-                param is not None and getattr(param, ATTRIBUTE, None) is None
-            ):  # replaced since attaching
+            if param is not None and getattr(param, ATTRIBUTE, None) is None:
                 self._adopt(f"{path}.{key}" if path else key, param)
         state = None if path in self.settled else random_state(self.device)
         while True:  # once, but for a module whose first try shows that it needs the fallback
@@ -177,8 +175,11 @@ class Interposer(TorchFunctionMode):
             except FallbackFailed as failed:
                 if failed.frame is not frame:
                     raise
-                self.uncovered[failed.need.name] = failed.reason
                 del self.fallbacks[path]
+                around = self.stack[-2] if len(self.stack) > 1 else None
+                if around is not None and around.path not in self.settled:
+                    raise NeedsFallback(around, failed.need.name, failed.reason) from None
+                self.uncovered[failed.need.name] = failed.reason
             finally:
                 self.stack.pop()
             # What an interrupted try had drawn and counted is undone.
@@ -265,15 +266,13 @@ class Interposer(TorchFunctionMode):
             elif mark.name is not None:
                 constant = False
                 if tensor.requires_grad and any(t.requires_grad for t in tensors_in(out)):
-                    self._not_ruled(mark.name, function_name(func))
+                    reason = f"no rule covers its use in {function_name(func)}"
+                    self._fall_back_or_note(mark.name, reason, ())
         if constant and isinstance(out, Tensor) and not out.requires_grad:
             setattr(out, ATTRIBUTE, CONSTANT)  # made from nothing that a sample went into
         elif args and getattr(args[0], ATTRIBUTE, None) is CONSTANT and writes_into(func):
             delattr(args[0], ATTRIBUTE)  # a sample was written into it
         return out
-
-    def _not_ruled(self, name: str, function: str) -> None:
-        self._fall_back_or_note(name, f"no rule covers its use in {function}", ())
 
     def _fall_back_or_note(self, name: str, reason: str, earlier: tuple[Frame, ...]) -> None:
         """Ask for the fallback around the smallest module with every use, else note the gap."""
@@ -286,7 +285,7 @@ class Interposer(TorchFunctionMode):
         for frame in reversed(self.stack):
             owned = any(within(alias, frame.path) for alias in self.aliases[name])
             if owned and (not earlier or frame in earlier):
-                need = NeedsFallback(frame, name, f"{name}: {reason}")
+                need = NeedsFallback(frame, name, reason)
                 if frame.path not in self.settled:
                     raise need
                 # Its first part already ran and drew random numbers; the next pass falls back.

@@ -136,7 +136,12 @@ class Monitor:
                 "gradients enabled (not under torch.no_grad or inference_mode) and its loss must "
                 "depend on a trainable parameter."
             )
-        groups = record.group(deliveries)
+        try:
+            groups = record.group(deliveries)
+        except GradStatsError:
+            if self._moments:
+                self._moments.take([])  # what they gathered belongs to no step
+            raise
         m2 = self._moments.take([n for n, _ in groups]) if self._moments else {}
         stats = record.build(
             tuple(interposer.index),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 
 class Positions(nn.Module):
@@ -241,6 +242,8 @@ PROBLEMS = {
     "attention": Problem(Attention, _sequence, ruled=False),
     "lstm": Problem(Recurrent, _sequence, ruled=False),
     "bilinear": Problem(BilinearModel, _sequence, ruled=False),
+    "weight_norm": Problem(lambda: S(weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 2)),
+                           _sequence, ruled=False),
     "prelu": Problem(lambda: S(nn.Linear(6, 4), nn.PReLU(7), nn.Linear(4, 2)), _sequence, ruled=False),
 }  # fmt: skip
 
