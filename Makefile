@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-# A CPU build of torch by default; set TORCH to the requirement you want, for example TORCH=torch.
+# Set them to other requirements for other versions, for example TORCH=torch TRITON=triton.
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 CLANG_FORMAT := $(BIN)/clang-format
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.cpp)
 
@@ -23,7 +24,7 @@ $(STAMP): pyproject.toml setup.py $(CPP)
 	$(BIN)/python -m pip install -q "setuptools>=77" wheel pybind11 ninja numpy
 	@echo "Building gradstats (some minutes the first time) ..."
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test,lint]"
-	@$(BIN)/python -m pip install -q --no-deps "triton>=3.5" || echo "no triton here: going on without"
+	@$(BIN)/python -m pip install -q --no-deps "$(TRITON)" || echo "no triton here: going on without"
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## train a small network, measure its noise scale, recommend a batch size

@@ -89,9 +89,7 @@ def test_layer_norm_gives_what_was_asked_for(flags: tuple[int, ...], scale: bool
     st.integers(0, 6), st.integers(0, 70), st.integers(1, 70), st.booleans(), st.booleans(),
     st.integers(0, 99),
 )  # fmt: skip
-def test_layer_norm_any_shape(
-    b: int, t: int, d: int, center: bool, scale: bool, seed: int
-) -> None:
+def test_layer_norm_any_shape(b: int, t: int, d: int, center: bool, scale: bool, seed: int) -> None:
     case = layer_case(b, t, d, torch.float64, center, scale, seed)
     layer(case, True, True, True, True, dtype=torch.float64)
 
