@@ -20,7 +20,7 @@ __all__ = ["NoiseScale", "noise_scale", "readable", "samples_ratio", "steps_rati
 WIDEST_USEFUL = 10.0  # an interval whose ends differ by more than this factor decides nothing
 DEFAULT_HALF_LIFE = 500.0
 MOST_COSINES = 40  # Student's t with so many degrees of freedom is within 3% of the normal
-FEWEST_STEPS = 3  # below this the scatter between steps cannot be told from a trend
+FEWEST_STEPS = 12  # with fewer, the drift at the start of a training passes for a mean
 
 Array = NDArray[np.float64]
 
