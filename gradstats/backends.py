@@ -119,25 +119,25 @@ def _list(dtypes: tuple[torch.dtype, ...]) -> str:
 
 def choose(op: str, device: str, dtype: torch.dtype) -> str:
     """The name of the backend that runs `op` on tensors of this device type and dtype."""
-    return _resolve(op, device, dtype, forced(), interpreting())[0]
+    return _choose(op, device, dtype, forced())
 
 
 def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
     """The function that runs `op` for tensors like this one."""
-    return _resolve(op, tensor.device.type, tensor.dtype, forced(), interpreting())[1]
+    return _resolve(op, tensor.device.type, tensor.dtype, forced(), interpreting())
 
 
 @cache
 def _resolve(
     op: str, device: str, dtype: torch.dtype, wanted: str, interpreted: bool
-) -> tuple[str, Callable[..., Any]]:
+) -> Callable[..., Any]:
     name = _choose(op, device, dtype, wanted)
     module: Any = extension()[0]
     if name == "triton":
         module = importlib.import_module(f"gradstats.kernels.{_TRITON[op]}")
     elif name == "reference":
         module = reference
-    return name, getattr(module, f"{op}_cuda" if name == "cuda" else op)
+    return getattr(module, f"{op}_cuda" if name == "cuda" else op)  # type: ignore[no-any-return]
 
 
 def _choose(op: str, device: str, dtype: torch.dtype, wanted: str) -> str:

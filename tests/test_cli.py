@@ -26,7 +26,9 @@ def run(monkeypatch, capsys):
         return exit_.value.code or 0, captured.out, captured.err
 
     monkeypatch.delenv("GRADSTATS_BACKEND", raising=False)
-    return run
+    backends._resolve.cache_clear()  # what one test pretends must not outlive it
+    yield run
+    backends._resolve.cache_clear()
 
 
 def in_new_process(code, **env):
