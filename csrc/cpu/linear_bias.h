@@ -1,5 +1,5 @@
-// Bias gradient of a linear layer with per-sample statistics: sums over positions, then over
-// samples, a block of columns at a time so that every block's sums stay in the L1 cache.
+// Bias gradient of a linear layer with per-sample statistics: a block of columns at a time, whose
+// samples are walked in order. What a block holds of them stays in registers and the L1 cache.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -12,7 +12,7 @@
 
 namespace gradstats::cpu::linear {
 
-constexpr int64_t kColumnBlock = 512;
+constexpr int64_t kColumnBlock = 64;
 
 // sums[c] = sum over t of row t's column c. In double: these sums often cancel, over positions and
 // over samples, and reading the numbers takes longer than widening them.
@@ -32,27 +32,37 @@ void column_sums(const In* rows, int64_t stride, int64_t positions, int64_t coun
   }
 }
 
-// db and m2: (out,), m2 may be null; sq_norm: (samples,). The samples are walked in order.
+// db and m2: (out,), m2 may be null; sq_norm: (samples,). m2 grows by d^2 * b / (b + 1) with d the
+// distance of sample b from the mean of those before it (Welford 1962), so it is never negative.
 template <typename In>
 void bias_stats(const Rows<In>& g, int64_t samples, int64_t positions, int64_t out, In* db,
                 Acc<In>* sq_norm, Acc<In>* m2) {
   using A = Acc<In>;
   const int64_t blocks = at::ceil_div(out, kColumnBlock);
-  const Tensor sums =
-      at::empty({samples, out}, at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));
-  A* s = sums.data_ptr<A>();
   std::vector<double> partial(samples * blocks);
-  const int64_t work = positions * std::min(out, kColumnBlock);
+  const int64_t work = samples * positions * std::min(out, kColumnBlock);
   const int64_t grain = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, work));
-  at::parallel_for(0, samples * blocks, grain, [&](int64_t begin, int64_t end) {
-    double total[kColumnBlock];
+  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t b = k / blocks, c = k % blocks * kColumnBlock;
-      const int64_t count = std::min(kColumnBlock, out - c);
-      A* dst = s + b * out + c;
-      column_sums(g.data + b * g.sample_stride + c, g.row_stride, positions, count, total);
-      for (int64_t i = 0; i < count; ++i) dst[i] = static_cast<A>(total[i]);
-      partial[k] = sum_squares(dst, count);
+      const int64_t c0 = k * kColumnBlock, count = std::min(kColumnBlock, out - c0);
+      double each[kColumnBlock], sum[kColumnBlock] = {}, spread[kColumnBlock] = {};
+      for (int64_t b = 0; b < samples; ++b) {
+        column_sums(g.data + b * g.sample_stride + c0, g.row_stride, positions, count, each);
+        double squares = 0;
+        for (int64_t c = 0; c < count; ++c) squares += each[c] * each[c];
+        partial[b * blocks + k] = squares;
+        if (m2 != nullptr && b > 0) {
+          const double n = static_cast<double>(b), part = n / (n + 1);
+          for (int64_t c = 0; c < count; ++c) {
+            const double d = each[c] - sum[c] / n;
+            spread[c] += d * d * part;
+          }
+        }
+        for (int64_t c = 0; c < count; ++c) sum[c] += each[c];
+      }
+      for (int64_t c = 0; c < count; ++c) db[c0 + c] = static_cast<In>(sum[c]);
+      if (m2 == nullptr) continue;
+      for (int64_t c = 0; c < count; ++c) m2[c0 + c] = static_cast<A>(spread[c]);
     }
   });
   for (int64_t b = 0; b < samples; ++b) {
@@ -60,26 +70,6 @@ void bias_stats(const Rows<In>& g, int64_t samples, int64_t positions, int64_t o
     for (int64_t k = 0; k < blocks; ++k) total += partial[b * blocks + k];
     sq_norm[b] = static_cast<A>(total);
   }
-  const int64_t column_grain = at::ceil_div<int64_t>(1 << 16, kColumnBlock * samples);
-  at::parallel_for(0, blocks, column_grain, [&](int64_t begin, int64_t end) {
-    double total[kColumnBlock];
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t c0 = k * kColumnBlock, count = std::min(kColumnBlock, out - c0);
-      column_sums(s + c0, out, samples, count, total);
-      for (int64_t c = 0; c < count; ++c) db[c0 + c] = static_cast<In>(total[c]);
-      if (m2 == nullptr) continue;
-      A mean[kColumnBlock];
-      for (int64_t c = 0; c < count; ++c) mean[c] = static_cast<A>(total[c] / samples);
-      std::fill_n(m2 + c0, count, A(0));
-      for (int64_t b = 0; b < samples && samples > 1; ++b) {
-        const A* row = s + b * out + c0;
-        for (int64_t c = 0; c < count; ++c) {
-          const A d = row[c] - mean[c];
-          m2[c0 + c] += d * d;
-        }
-      }
-    }
-  });
 }
 
 }  // namespace gradstats::cpu::linear
