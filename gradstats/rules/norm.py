@@ -189,7 +189,7 @@ def batch_norm(
         use.refuse(
             "BatchNorm in training mode mixes the samples of a batch, so no per-sample gradient "
             "exists for anything before it",
-            "call .eval() on it, use GroupNorm, or measure with attach(method='micro_batch')",
+            "call .eval() on it, or use GroupNorm, LayerNorm or InstanceNorm",
         )
     if not use.tracked(weight, bias):
         rest = (running_mean, running_var, weight, bias, training, momentum, eps, *args)
