@@ -66,7 +66,7 @@ def build(
     total = torch.where(ok.unsqueeze(1), sq_norm, 0.0).sum(0) + nothing
     part: Any = slice(None)
     if len(trainable) < len(names):
-        part = torch.tensor(trainable, device=sq_norm.device)
+        part = _indices(trainable, sq_norm.device)
     return GradStats(
         num_samples=n,
         num_groups=1,
@@ -85,6 +85,12 @@ def build(
     )
 
 
+# Kept, because a copy to the device waits for it. Two functions: (0, 1) == (False, True) as a key.
+@lru_cache(maxsize=64)
+def _indices(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(indices, dtype=torch.long, device=device)
+
+
 @lru_cache(maxsize=64)
 def _on_device(flags: tuple[bool, ...], device: torch.device) -> Tensor:
     return torch.tensor(flags, device=device)
@@ -97,5 +103,5 @@ def _grad_sq_norms(params: Sequence[Tensor], received: Sequence[bool], like: Ten
     norms = ops.multi_sq_norm([g.to_dense() if g.is_sparse else g for g in grads]).to(like.dtype)  # type: ignore[union-attr]
     if all(received):
         return norms  # type: ignore[no-any-return]
-    where = torch.tensor([i for i, yes in enumerate(received) if yes]).to(like.device)
+    where = _indices(tuple(i for i, yes in enumerate(received) if yes), like.device)
     return like.new_zeros(len(params)).index_copy(0, where, norms)
