@@ -6,6 +6,7 @@ Run `python bench/static_table.py` to write bench/results/static.md.
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -21,10 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gradstats.kernels import _common, linear_config, linear_stats, norm_stats
+from gradstats.kernels import _common, embedding_stats, linear_config, linear_stats, norm_stats
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+INTEGERS = {torch.int32: "i32", torch.int64: "i64"}
 WATCHED = ("HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG", "STG", "BAR", "LDL", "STL")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
@@ -78,7 +80,7 @@ def source(launch: Launch) -> ASTSource:
         if name in constexprs or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}"
+            signature[name] = f"*{(TYPES | INTEGERS)[value.dtype]}"
             attrs[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
@@ -143,6 +145,22 @@ def norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         )
 
 
+def embedding_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for dtype, moments in itertools.product(_common.DTYPES, (False, True)):
+        g = torch.empty(16, 1024, 768, dtype=dtype, device="meta")
+        ids = torch.empty(16, 1024, dtype=torch.int64, device="meta")
+        yield (
+            f"embedding D=768 {TYPES[dtype]}{' moments' if moments else ''}",
+            lambda g=g, i=ids, m=moments: embedding_stats.embedding_stats(i, g, 50257, -1, m),
+        )
+
+
+def all_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield from linear_cases()
+    yield from norm_cases()
+    yield from embedding_cases()
+
+
 def launches_of(call: Callable[[], Any]) -> list[Launch]:
     with caught() as launches:
         call()
@@ -151,7 +169,7 @@ def launches_of(call: Callable[[], Any]) -> list[Launch]:
 
 def rows(arch: int) -> Iterator[str]:
     seen: set[tuple[str, int, int]] = set()
-    for name, call in (*linear_cases(), *norm_cases()):
+    for name, call in all_cases():
         for launch in launches_of(call):
             if identity(launch) in seen:
                 continue

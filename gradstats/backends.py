@@ -28,6 +28,7 @@ _TRITON = {  # operation -> module of gradstats.kernels
     "linear_stats": "linear_stats",
     "layer_norm_stats": "norm_stats",
     "group_norm_stats": "norm_stats",
+    "embedding_stats": "embedding_stats",
 }
 _CUDA = ("multi_sq_norm",)
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)

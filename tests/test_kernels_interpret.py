@@ -1,97 +1,20 @@
-"""Triton kernels against the reference in float64, under Triton's interpreter on the CPU.
-
-The interpreter has to be chosen before the kernels are imported, so the checks below (functions
-named `check_*`) run in a pytest process of their own.
-"""
+"""Linear and normalisation kernels against the reference in float64, under the interpreter."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import numpy
 import pytest
 import torch
+from interpreted import DTYPES, LAYOUTS, compare, poisoned, random, run_checks, wide
 
 from gradstats import reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Norms, m2, gradients. The interpreter truncates to bfloat16 where a GPU rounds: 1 ulp, not half.
-TOLERANCE = {
-    torch.float32: (1e-5, 1e-4, 1e-5),
-    torch.bfloat16: (2e-3, 2e-3, 8e-3),
-    torch.float16: (2e-3, 2e-3, 1e-3),
-}
-LAYOUTS = ("contiguous", "positions first", "every other", "one off", "expanded", "all alike")
-
-
-def version(module) -> tuple[int, ...]:
-    return tuple(int(part) for part in module.__version__.split(".")[:2])
+__all__ = ["poisoned"]
 
 
 def test_kernels_under_the_interpreter():
-    triton = pytest.importorskip("triton")
-    if version(triton) < (3, 7) and version(numpy) >= (2, 4):
-        pytest.skip("the interpreter of triton < 3.7 fails with numpy >= 2.4")
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, "-o", "python_functions=check_*"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Fresh memory holds NaN, so that whatever a kernel fails to write shows."""
-    torch.manual_seed(0)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    assert torch.ones(1).new_empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-def random(*shape: int, dtype: torch.dtype, layout: str = "contiguous") -> torch.Tensor:
-    """(B, T, D) values in some memory layout."""
-    b, t, d = shape
-    if layout == "positions first":
-        return torch.randn(b, d, t).to(dtype).transpose(1, 2)
-    if layout == "every other":
-        return torch.randn(2 * b, 2 * t, 2 * d).to(dtype)[::2, 1::2, ::2]
-    if layout == "one off":
-        return torch.randn(b * t * d + 1).to(dtype)[1:].view(b, t, d)
-    if layout == "expanded":
-        return torch.randn(b, 1, d).to(dtype).expand(b, t, d)
-    if layout == "all alike":
-        return torch.randn(1, 1, 1).to(dtype).expand(b, t, d)
-    return torch.randn(b, t, d).to(dtype)
-
-
-def wide(value):
-    return value.double() if isinstance(value, torch.Tensor) else value
-
-
-def compare(got, expected, dtype: torch.dtype, names: str) -> None:
-    sq, m2, gradient = TOLERANCE[dtype]
-    for name, a, e in zip(names.split(), got, expected, strict=True):
-        assert a.shape == e.shape, (name, a.shape, e.shape)
-        assert not a.isnan().any(), name
-        limit = sq if name.endswith("sq") else m2 if name.endswith("m2") else gradient
-        if a.numel():
-            scale = e.abs() if name.endswith("sq") else e.abs().max()
-            worst = ((a.double() - e).abs() / scale.clamp_min(1e-12)).max().item()
-            assert worst <= limit, (name, worst, limit)
-        if not name.startswith("d"):
-            assert a.dtype == torch.float32, name
+    run_checks(__file__)
 
 
 LINEAR = "dw db w_sq b_sq w_m2 b_m2"
