@@ -22,7 +22,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gradstats.kernels import _common, embedding_stats, linear_config, linear_stats, norm_stats
+from gradstats.kernels import (
+    _common,
+    embedding_stats,
+    linear_config,
+    linear_stats,
+    norm_stats,
+    tied_cross,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -155,10 +162,22 @@ def embedding_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         )
 
 
+def tied_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for dtype, t in itertools.product(_common.DTYPES, (16, 1024)):
+        e = torch.empty(16, t, 768, dtype=dtype, device="meta")
+        h = torch.empty(16, t, 50304, dtype=dtype, device="meta")
+        ids = torch.empty(16, t, dtype=torch.int64, device="meta")
+        yield (
+            f"tied cross T={t} {TYPES[dtype]}",
+            lambda e=e, h=h, i=ids: tied_cross.tied_cross(i, e, h, e),
+        )
+
+
 def all_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield from linear_cases()
     yield from norm_cases()
     yield from embedding_cases()
+    yield from tied_cases()
 
 
 def launches_of(call: Callable[[], Any]) -> list[Launch]:

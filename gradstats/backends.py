@@ -29,8 +29,13 @@ _TRITON = {  # operation -> module of gradstats.kernels
     "layer_norm_stats": "norm_stats",
     "group_norm_stats": "norm_stats",
     "embedding_stats": "embedding_stats",
+    "tied_cross": "tied_cross",
 }
 _CUDA = ("multi_sq_norm",)
+_CPU = (
+    "linear_stats", "layer_norm_stats", "group_norm_stats", "embedding_stats", "conv_stats",
+    "multi_sq_norm",
+)  # fmt: skip
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,6 +114,8 @@ def refusal(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
         return f"the extension has no CUDA kernel for {op}; build it with GRADSTATS_BUILD=cuda"
     if name == "cuda" and dtype not in _GPU_DTYPES:
         return f"its kernels take {_list(_GPU_DTYPES)}, not {dtype}"
+    if name == "cpu" and op not in _CPU:
+        return f"the extension has no CPU kernel for {op}"
     if name == "cpu" and dtype not in _CPU_DTYPES and op != "multi_sq_norm":
         return f"its kernels take {_list(_CPU_DTYPES)}, not {dtype}"
     return None
@@ -143,7 +150,9 @@ def _resolve(
 
 def _choose(op: str, device: str, dtype: torch.dtype, wanted: str) -> str:
     # A backend asked for by name serves the operations it has; the others stay automatic.
-    if wanted != "auto" and op in {"triton": _TRITON, "cuda": _CUDA}.get(wanted, (op,)):
+    if wanted != "auto" and op in {"triton": _TRITON, "cuda": _CUDA, "cpu": _CPU}.get(
+        wanted, (op,)
+    ):
         why = refusal(wanted, op, device, dtype)
         if why is None:
             return wanted

@@ -28,6 +28,7 @@ SCHEMAS = {
     "bool moments) -> (Tensor, Tensor, Tensor)",
     "conv_stats": "(Tensor x, Tensor g, SymInt[] kernel_size, int[] stride, int[] padding, "
     f"int[] dilation, int groups, {_FLAGS}) -> {_SIX}",
+    "tied_cross": "(Tensor ids, Tensor e, Tensor h, Tensor a) -> Tensor",
     "multi_sq_norm": "(Tensor[] tensors) -> Tensor",
 }
 
@@ -35,10 +36,12 @@ _library = torch.library.Library("gradstats", "DEF")
 
 
 def _define(name: str) -> None:
-    # `embedding_stats` computes on its gradient; ids are integers. A list op looks at its first.
-    pick = {"embedding_stats": lambda a: a[1], "multi_sq_norm": lambda a: a[0][0]}.get(
-        name, lambda a: a[0]
-    )
+    # Ids are integers: their ops compute on the next argument. A list op looks at its first.
+    pick = {
+        "embedding_stats": lambda a: a[1],
+        "tied_cross": lambda a: a[1],
+        "multi_sq_norm": lambda a: a[0][0],
+    }.get(name, lambda a: a[0])
 
     def run(*args):  # type: ignore[no-untyped-def]
         return backends.implementation(name, pick(args))(*args)
@@ -111,6 +114,11 @@ def _(x, g, kernel_size, stride, padding, dilation, groups, weight, bias, moment
     dw, w_sq, w_m2 = _stats(x, x.shape[0], shape, weight, moments)
     db, b_sq, b_m2 = _stats(g, x.shape[0], shape[:1], bias, moments)
     return dw, db, w_sq, b_sq, w_m2, b_m2
+
+
+@_fake("tied_cross")
+def _(ids: Tensor, e: Tensor, h: Tensor, a: Tensor) -> Tensor:
+    return e.new_empty(e.shape[0], dtype=stats_dtype(e.dtype))
 
 
 @_fake("multi_sq_norm")

@@ -196,6 +196,22 @@ def embedding_stats(
     return total.sum.to(g.dtype), total.sq_norm, total.m2
 
 
+def tied_cross(ids: Tensor, e: Tensor, h: Tensor, a: Tensor) -> Tensor:
+    """Inner product, per sample, of the two gradients of a weight that is embedding and head.
+
+    ids: (B, T) integers in [0, V), or -1 for no row; e: (B, T, D) grad_output of the lookup;
+    h: (B, S, V) grad_output of the head, a: (B, S, D) its activation.
+    Returns (B,): ⟨Σ_t onehot(id_t) e_tᵀ, Σ_s h_s a_sᵀ⟩ = Σ_ts h[s, id_t] (e_t·a_s). The squared norm
+    of the sum of both gradients has it twice.
+    """
+    wide = stats_dtype(e.dtype)
+    cross = torch.zeros(e.shape[0], dtype=wide, device=e.device)
+    for i, (row, eb, hb, ab) in enumerate(zip(ids.long(), e, h, a, strict=True)):
+        picked = hb.to(wide)[:, row.clamp_min(0)] * (row >= 0)
+        cross[i] = (picked * (ab.to(wide) @ eb.to(wide).t())).sum()
+    return cross
+
+
 def conv_stats(
     x: Tensor,
     g: Tensor,

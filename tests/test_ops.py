@@ -33,6 +33,9 @@ def _arguments(name: str):
     if name == "embedding_stats":
         ids = torch.randint(0, 9, (B, T))
         return [(ids, g, 9, -1, True), (ids, g, 9, 2, False)]
+    if name == "tied_cross":
+        ids, head = torch.randint(-1, 7, (B, T)), torch.randn(B, 4, 7)
+        return [(ids, x, head, torch.randn(B, 4, D))]
     if name == "conv_stats":
         image, out = torch.randn(B, 4, 6, 5), torch.randn(B, 2, 6, 3)
         where = ([3, 3], [1, 1], [1, 0], [1, 1], 2)
