@@ -12,6 +12,7 @@ deliver to belong to the pass that runs.
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from gradstats.calls import (
     FallbackFailed,
@@ -48,10 +50,23 @@ from gradstats.rules import RULES
 
 _live: weakref.WeakValueDictionary[int, Interposer] = weakref.WeakValueDictionary()
 _keys = itertools.count()
+_HIDES_CONSTRUCTORS = torch.__version__ < "2.12"  # compared as versions are
+
+
+def _show_constructors() -> None:
+    """Have older compilers give torch.arange and its like to a mode, as 2.12 and eager torch do.
+
+    Else constants lose their mark, and positions as many as the samples pass for samples.
+    """
+    tracer = sys.modules.get("torch._dynamo.variables.torch")
+    if tracer is not None:
+        tracer.get_overridable_functions().update(_device_constructors())
 
 
 def _ensure_shared_leaf(ctx: Any) -> None:
     """Runs while a graph is compiled: makes the leaf of its batch size, once."""
+    if _HIDES_CONSTRUCTORS:
+        _show_constructors()
     key = ctx.get_local("key").as_python_constant()
     batch = ctx.get_local("batch").as_python_constant()
     _live[key].make_shared_leaf(batch)
@@ -204,6 +219,8 @@ class Interposer(TorchFunctionMode):
     def _open(self, path: str, args: Any, kwargs: Any) -> Pass:
         if torch._C._current_graph_task_id() != -1:
             return self._reopen(path, args, kwargs)
+        if _HIDES_CONSTRUCTORS:  # for a part of the model that is compiled
+            _show_constructors()
         if self.ledger.between is not None and self.ledger.deliveries:
             self.ledger.between()
         delivered = [d.leaf for d in self.ledger.deliveries]

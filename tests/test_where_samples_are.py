@@ -44,6 +44,29 @@ def test_positions_given_as_long_as_the_batch_are_not_guessed() -> None:
         model(ids)
 
 
+@pytest.mark.parametrize("compiled", ["nothing", "whole", "part"])
+def test_positions_of_which_no_input_tells(compiled: str) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.head = nn.Embedding(9, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.reshape(len(x), -1, 2, 6).mean(2)  # 4 positions and 4 samples from here on
+            return self.head(torch.tanh(x + self.positions(torch.arange(x.shape[1]))))
+
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(6, 6), Pooled()), torch.randn(4, 8, 6)
+    true = per_sample_gradients(model, loss, x)
+    monitor = gradstats.attach(model, moments=True)
+    if compiled == "part":
+        model[1].compile(backend="aot_eager", fullgraph=True)
+    elif compiled == "whole":
+        model.compile(backend="aot_eager", fullgraph=True)
+    loss(model, x).backward()
+    assert_matches(monitor.step(), true, 1e-5)
+
+
 def test_class_labels_one_per_sample() -> None:
     class Labelled(nn.Module):
         def __init__(self) -> None:

@@ -58,4 +58,5 @@ def _plain(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     if func is not Tensor.__getitem__:
         return True
     index = args[0] if isinstance(args[0], tuple) else (args[0],)
-    return all(i is None or i is Ellipsis or isinstance(i, int | slice) for i in index)
+    # A tuple of types: the compiler of torch 2.9 cannot trace `int | slice`.
+    return all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index)
