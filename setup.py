@@ -1,8 +1,8 @@
 """Builds the compiled extension `gradstats._C`; pyproject.toml holds everything else.
 
 GRADSTATS_BUILD  auto (default)  the CPU part where there is a C++ compiler, the CUDA part too where
-                                 there are nvcc and a CUDA build of torch (a GPU need not be present);
-                                 without a compiler: nothing, with a warning
+                                 there are nvcc and a CUDA build of torch, both of one major version (a
+                                 GPU need not be present); without a compiler: nothing, with a warning
                  cpu, cuda       that much or an error
                  none            pure Python
 GRADSTATS_ARCH   native (default)  the instructions of this machine; for a wheel that travels name
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -91,12 +92,22 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
         missing.append(f"torch {torch.__version__} is built without CUDA")
     # A CPU build of torch does not look for the toolkit: its CUDA_HOME is None whatever there is.
     home = cpp_extension.CUDA_HOME or os.environ.get("CUDA_HOME")
-    if shutil.which("nvcc") is None and not (home and glob(f"{home}/bin/nvcc*")):
+    nvcc = (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
+    if nvcc is None:
         missing.append("nvcc was not found (looked in CUDA_HOME and on the path)")
+    elif torch.version.cuda is not None:
+        # torch compiles with no toolkit but one of its own major version.
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+        release = re.search(r"release ((\d+)\.\d+)", said.stdout)
+        if release and release[2] != torch.version.cuda.split(".")[0]:
+            missing.append(f"{nvcc} is of CUDA {release[1]} and torch of {torch.version.cuda}")
+            if mode == "auto":
+                warnings.warn(f"{missing[-1]}; the CUDA part is left out", stacklevel=1)
     if "csrc/cuda/bind.cpp" not in cuda_sources:
         missing.append("this source tree has no csrc/cuda/bind.cpp")
     if mode == "cuda" and missing:
-        fail(mode, " and ".join(missing), "install a CUDA torch and toolkit and set CUDA_HOME")
+        do = "install a CUDA torch and toolkit of one version and set CUDA_HOME"
+        fail(mode, " and ".join(missing), do)
     cuda = mode != "cpu" and not missing
 
     common = ["-O3", "-std=c++20"]

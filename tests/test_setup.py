@@ -51,6 +51,25 @@ def test_cuda_build_without_cuda() -> None:
     assert "install a CUDA torch and toolkit" in result.stderr
 
 
+@pytest.mark.parametrize(("mode", "goes_on"), [("auto", True), ("cuda", False)])
+def test_a_toolkit_of_another_version_than_torch(tmp_path: Path, mode: str, goes_on: bool) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88\n")
+    nvcc.chmod(0o755)
+    code = (
+        "import runpy, sys, torch; torch.version.cuda = '12.8'; sys.argv = ['setup.py', '--name']\n"
+        "runpy.run_path('setup.py')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "GRADSTATS_BUILD": mode, "CUDA_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert (result.returncode == 0) == goes_on, result.stderr
+    assert f"{nvcc} is of CUDA 13.0 and torch of 12.8" in result.stderr
+    assert ("the CUDA part is left out" in result.stderr) == goes_on
+
+
 def test_unknown_architecture() -> None:
     result = _setup("cpu", GRADSTATS_ARCH="z80")
     assert result.returncode != 0
