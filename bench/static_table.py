@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +119,19 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def linear_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+def linear_cases(arch: int = 90) -> Iterator[tuple[str, Callable[[], Any]]]:
     """One call per configuration; the sizes fit the tile, as in an ordinary model."""
-    for dtype, moments, c in linear_config.all_configs():
-        t = {"rank_one": 1, "gram": c.block_t}.get(c.path, max(c.block_t, 64))
+    for dtype, moments, c in linear_config.all_configs(arch):
+        t = {"rank_one": 1, "gram": c.block_t}.get(c.path, 64)
         x = torch.empty(8, t, 768, dtype=dtype, device="meta")
         tile = f"{c.block_o}×{c.block_i}×{c.block_t} w{c.num_warps} s{c.num_stages}"
         name = f"linear {c.path} {tile} {TYPES[dtype]}{' moments' if moments else ''}"
         yield name, lambda x=x, m=moments, c=c: linear_stats.weight_stats(x, x, m, c)
+        if c.path == "fused":
+            joined = replace(c, splits=2) if moments else replace(c, parts=2)
+            x = x if moments else x.new_empty(8, 2 * c.block_t, 768)
+            name += f" in {joined.splits * joined.parts}"
+            yield name, lambda x=x, m=moments, c=joined: linear_stats.weight_stats(x, x, m, c)
 
 
 def norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -173,8 +178,9 @@ def tied_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         )
 
 
-def all_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    yield from linear_cases()
+def all_cases(arch: int = 90) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls that between them launch everything the heuristics choose on `arch`."""
+    yield from linear_cases(arch)
     yield from norm_cases()
     yield from embedding_cases()
     yield from tied_cases()
@@ -188,7 +194,7 @@ def launches_of(call: Callable[[], Any]) -> list[Launch]:
 
 def rows(arch: int) -> Iterator[str]:
     seen: set[tuple[str, int, int]] = set()
-    for name, call in all_cases():
+    for name, call in all_cases(arch):
         for launch in launches_of(call):
             if identity(launch) in seen:
                 continue

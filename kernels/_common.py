@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEFAULT_SMS = 132  # of an H100 or H200; only used to plan for a device that is not there
+DEFAULT_SMS, DEFAULT_ARCH = 132, 90  # an H100 or H200: to plan for a device that is not there
 
 
 def refuse(op: str, saw: str, instead: str) -> NoReturn:
@@ -51,13 +51,18 @@ def loadable(t: Tensor) -> Tensor:
 
 
 @functools.lru_cache
-def _sm_count(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _planned_for(index: int) -> tuple[int, int]:
+    found = torch.cuda.get_device_properties(index)
+    return found.multi_processor_count, 10 * found.major + found.minor
+
+
+def planned_for(like: Tensor) -> tuple[int, int]:
+    """Multiprocessors and compute capability of the tensor's device, for planning."""
+    return _planned_for(like.device.index) if like.is_cuda else (DEFAULT_SMS, DEFAULT_ARCH)
 
 
 def num_sms(like: Tensor) -> int:
-    """Multiprocessors of the tensor's device, for planning."""
-    return _sm_count(like.device.index) if like.is_cuda else DEFAULT_SMS
+    return planned_for(like)[0]
 
 
 def cdiv(a: int, b: int) -> int:

@@ -5,11 +5,12 @@ Chosen once per call and never tuned by running: a kernel that accumulates must 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 
-from gradstats.kernels._common import DEFAULT_SMS, DTYPES, cdiv, next_power_of_2
+from gradstats.kernels._common import DEFAULT_ARCH, DEFAULT_SMS, DTYPES, cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Config:
     block_t: int
     num_warps: int
     num_stages: int
-    splits: int = 1
+    splits: int = 1  # of the batch
+    parts: int = 1  # of every sample's positions
 
 
 RANK_ONE = Config("rank_one", 0, 1024, 1, 4, 1)
 MAX_SPLITS = 16
+MAX_PARTS = 32
 
 
 def _gram_is_cheaper(t: int, i: int, o: int, dtype: torch.dtype) -> bool:
@@ -41,44 +44,63 @@ def _gram_tile(t: int, dtype: torch.dtype) -> Config:
     return Config("gram", 0, 32 if dtype == torch.float32 else 128, block_t, 4, 3)
 
 
-def _fused_tile(t: int, small: bool, dtype: torch.dtype) -> Config:
+def _fused_tile(t: int, small: bool, dtype: torch.dtype, moments: bool, arch: int) -> Config:
     """Tiles whose running sums fit in registers: acc, total and perhaps spread."""
     if dtype == torch.float32:
         return Config("fused", 64, 64, 16 if t <= 16 else 32, 8, 3)
     block_t = min(max(next_power_of_2(t), 16), 64)
     if small:
         return Config("fused", 64, 64, block_t, 4, 4)
+    if moments and arch // 10 not in (9, 10):  # operands take registers too, where MMA reads them
+        block_t = min(block_t, 32 if arch < 90 else 16)
     return Config("fused", 128, 128, block_t, 8, 4)
 
 
-def _splits(c: Config, batch: int, t: int, i: int, o: int, num_sms: int) -> int:
-    """Splits of the batch: whole waves of programs against the cost of merging the partial sums."""
-    tiles = cdiv(o, c.block_o) * cdiv(i, c.block_i)
-    merge = 2 * max(c.block_o, c.block_i) / t  # storing and reading a tile, in samples' loads
+def plan(
+    c: Config, batch: int, t: int, tiles: int, moments: bool, num_sms: int = DEFAULT_SMS
+) -> tuple[float, Config]:
+    """Splits of the batch, or parts of its samples where there are too few of them, and the cost:
+    waves of programs, each as long as its samples and as the joining of the partial sums.
+    """
+    # Storing and reading a tile through HBM, in loads of a sample from L2; with m2 it is two.
+    merge = 3 * max(c.block_o, c.block_i) / t
     at_once = num_sms * (1 if c.block_o == 128 else 2)  # what the registers leave room for
 
-    def cost(s: int) -> float:
-        waves = cdiv(tiles * s, at_once)
-        return waves * (cdiv(batch, s) + (merge if s > 1 else 0.0))
+    def cost(choice: tuple[int, int]) -> float:
+        splits, parts = choice
+        if parts > 1:
+            share = cdiv(cdiv(t, parts), c.block_t) * c.block_t / t
+            return cdiv(tiles * batch * parts, at_once) * (share + merge)
+        joined = 0.0 if splits == 1 else merge * (1 + moments)
+        return cdiv(tiles * splits, at_once) * (cdiv(batch, splits) + joined)
 
-    return min(range(1, min(batch, MAX_SPLITS) + 1), key=cost)
+    choices = [(s, 1) for s in range(1, min(batch, MAX_SPLITS) + 1)]
+    room = 4 * at_once // (tiles * batch)  # partial sums of a few waves at most
+    choices += [(1, p) for p in range(2, min(cdiv(t, c.block_t), MAX_PARTS, room) + 1)]
+    splits, parts = min(choices, key=cost)
+    return cost((splits, parts)), replace(c, splits=splits, parts=parts)
 
 
+@functools.lru_cache(4096)  # a pure function of the shape
 def config(
     batch: int, t: int, i: int, o: int, dtype: torch.dtype, moments: bool,
-    num_sms: int = DEFAULT_SMS,
+    num_sms: int = DEFAULT_SMS, arch: int = DEFAULT_ARCH,
 ) -> Config:  # fmt: skip
     """Choose path and tile from the shape alone, so that a call always runs the same way."""
     if t == 1:
         return RANK_ONE
     if not moments and _gram_is_cheaper(t, i, o, dtype):
         return _gram_tile(t, dtype)
-    small = min(i, o) <= 64 or cdiv(o, 128) * cdiv(i, 128) * batch < num_sms
-    tile = _fused_tile(t, small, dtype)
-    return replace(tile, splits=_splits(tile, batch, t, i, o, num_sms))
+    # Either tile keeps L2 as busy on a full card: a wave of either takes as long.
+    tiles = [_fused_tile(t, small, dtype, moments, arch) for small in (False, True)]
+    plans = [
+        plan(c, batch, t, cdiv(o, c.block_o) * cdiv(i, c.block_i), moments, num_sms)
+        for c in tiles[min(i, o) <= 64 :]
+    ]
+    return min(plans, key=lambda p: p[0])[1]
 
 
-def all_configs() -> list[tuple[torch.dtype, bool, Config]]:
+def all_configs(arch: int = DEFAULT_ARCH) -> list[tuple[torch.dtype, bool, Config]]:
     """Every (dtype, moments, configuration) that `config` can choose, up to the split."""
     found = dict.fromkeys((d, m, RANK_ONE) for d in DTYPES for m in (False, True))
     for dtype in DTYPES:
@@ -86,5 +108,5 @@ def all_configs() -> list[tuple[torch.dtype, bool, Config]]:
             found[dtype, False, _gram_tile(t, dtype)] = None
             for small in (False, True):
                 for moments in (False, True):
-                    found[dtype, moments, _fused_tile(t, small, dtype)] = None
+                    found[dtype, moments, _fused_tile(t, small, dtype, moments, arch)] = None
     return list(found)

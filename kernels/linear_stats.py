@@ -6,32 +6,34 @@ rank one (T = 1), Gram (short T, norms only), fused (everything else).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradstats.kernels import _common
+from gradstats.kernels import _common, sample_sums
 from gradstats.kernels._common import cdiv
 from gradstats.kernels.linear_config import Config, config
 from gradstats.kernels.linear_short import dot, gram_sq_norm, rank_one_m2, rank_one_sq_norm
+from gradstats.kernels.sample_sums import add_sample
 from gradstats.reference import LinearStats, sum_stats
 
 OP = "linear_stats"
-MERGE_BLOCK = 1024
 
 
 @triton.jit
 def _fused_kernel(
-    x, g, dw, m2, slab, batch, len_t, len_i, len_o, wide_i, wide_o, per_split,
+    x, g, dw, m2, slab, batch, len_t, len_i, len_o, wide_i, wide_o, per_split, parts, per_part,
     x_b, x_t, x_i, g_b, g_t, g_o,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr, MOMENTS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dW over the samples of one split, in order.
+    """One tile of dW over the samples of one split, in order, or over a part of one sample.
 
     G_b = Σ_t g_bt x_btᵀ stays in registers for as long as it takes to square it:
-    slab[b, tile] = Σ G_b², dw[split] = Σ_b G_b, and with MOMENTS Welford's
-    d = G_b − mean, m2 += d²·n/(n+1), the n samples before b having that mean (Welford 1962).
+    slab[b, tile] = Σ G_b², dw[split] = Σ_b G_b, and with MOMENTS its m2. Without WHOLE, dw[b, part].
     """
     num_tiles = tl.num_programs(0)
     tile = tl.program_id(0)
@@ -49,9 +51,11 @@ def _fused_kernel(
     g_first = g + offs_o.to(tl.int64)[:, None] * g_o + offs_t.to(tl.int64)[None, :] * g_t
     x_first = x + offs_t.to(tl.int64)[:, None] * x_t + offs_i.to(tl.int64)[None, :] * x_i
 
-    first = split * per_split
+    first = split // parts * per_split
     last = tl.minimum(first + per_split, batch)
-    blocks_t = tl.cdiv(len_t, BLOCK_T)
+    first_t = split % parts * per_part
+    last_t = tl.minimum(first_t + per_part, len_t)
+    blocks_t = tl.cdiv(last_t - first_t, BLOCK_T)
     total = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
     spread = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
     acc = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
@@ -59,10 +63,10 @@ def _fused_kernel(
     # end of every sample.
     for step in range(0, (last - first) * blocks_t):
         done = step // blocks_t
-        t = (step - done * blocks_t) * BLOCK_T
+        t = first_t + (step - done * blocks_t) * BLOCK_T
         sample = first.to(tl.int64) + done
         rows = t.to(tl.int64)
-        in_t = offs_t < len_t - t
+        in_t = offs_t < last_t - t
         g_tile = tl.load(
             g_first + (sample * g_b + rows * g_t), mask=in_o[:, None] & in_t[None, :], other=0.0
         )
@@ -70,13 +74,10 @@ def _fused_kernel(
             x_first + (sample * x_b + rows * x_t), mask=in_t[:, None] & in_i[None, :], other=0.0
         )
         acc = dot(g_tile, x_tile, acc)
-        if t + BLOCK_T >= len_t:  # acc is this sample's G_b
-            tl.store(slab + sample * num_tiles + tile, tl.sum(acc * acc))
-            if MOMENTS:
-                n = done.to(tl.float32)
-                d = acc - total * (1.0 / tl.maximum(n, 1.0))
-                spread += d * (d * (n / (n + 1.0)))
-            total += acc
+        if t + BLOCK_T >= last_t:  # acc is this sample's G_b, or a part of it
+            if WHOLE:
+                tl.store(slab + sample * num_tiles + tile, tl.sum(acc * acc))
+            total, spread = add_sample(acc, total, spread, done.to(tl.float32), MOMENTS)
             acc = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
 
     corner = (split.to(tl.int64) * len_o + tile_o * BLOCK_O) * len_i + tile_i * BLOCK_I
@@ -87,77 +88,24 @@ def _fused_kernel(
         tl.store(m2 + corner + out, spread, mask=inside)
 
 
-@triton.jit
-def _merge_kernel(
-    sums, spreads, dw, m2, size, batch, per_split, splits,
-    MOMENTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Add the splits' sums in order; merge (n, sum, m2) by Chan, Golub & LeVeque (1979):
-    m2 = m2_a + m2_b + (mean_b − mean_a)²·n_a n_b/(n_a + n_b).
-    """
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    total = tl.load(sums + at, mask=inside, other=0.0)
-    if MOMENTS:
-        spread = tl.load(spreads + at, mask=inside, other=0.0)
-    seen = tl.minimum(per_split, batch).to(tl.float32)
-    here = at
-    for s in range(1, splits):
-        here += size
-        more = tl.load(sums + here, mask=inside, other=0.0)
-        n = tl.minimum(per_split, batch - s * per_split).to(tl.float32)
-        if MOMENTS:
-            d = more * (1.0 / n) - total * (1.0 / seen)
-            spread += tl.load(spreads + here, mask=inside, other=0.0)
-            spread += d * (d * (seen * n / (seen + n)))
-        total += more
-        seen += n
-    tl.store(dw + at, total.to(dw.dtype.element_ty), mask=inside)
-    if MOMENTS:
-        tl.store(m2 + at, spread, mask=inside)
-
-
 def _fused(x: Tensor, g: Tensor, moments: bool, c: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """dW, squared norms and m2 in one pass over the samples, merged where the batch is split."""
+    """dW, squared norms and m2 in one pass over the samples."""
     (batch, len_t, len_i), len_o = x.shape, g.shape[2]
     x, g = _common.loadable(x), _common.loadable(g)
-    tiles = cdiv(len_o, c.block_o) * cdiv(len_i, c.block_i)
-    per_split = cdiv(batch, c.splits)
-    splits = cdiv(batch, per_split)  # every split has samples
-    f32 = {"dtype": torch.float32, "device": x.device}
-    slab = torch.empty(batch, tiles, **f32)
-    dw = torch.empty(len_o, len_i, dtype=x.dtype, device=x.device)
-    m2 = torch.empty((len_o, len_i) if moments else (0,), **f32)
-    sums, spreads = dw, m2
-    if splits > 1:
-        sums = torch.empty(splits, len_o, len_i, **f32)
-        spreads = torch.empty((splits, len_o, len_i) if moments else (0,), **f32)
-    _common.launch(
-        _fused_kernel,
-        (tiles, splits),
-        {
-            "x": x, "g": g, "dw": sums, "m2": spreads, "slab": slab, "batch": batch,
-            "len_t": len_t, "len_i": len_i, "len_o": len_o, "wide_i": x.shape[2],
-            "wide_o": g.shape[2], "per_split": per_split,
-            "x_b": x.stride(0), "x_t": x.stride(1), "x_i": x.stride(2),
+
+    def first(outputs: dict[str, Any], grid: tuple[int, int]) -> None:
+        args = {
+            "x": x, "g": g, "len_t": len_t, "len_i": len_i, "len_o": len_o, "wide_i": x.shape[2],
+            "wide_o": g.shape[2], "x_b": x.stride(0), "x_t": x.stride(1), "x_i": x.stride(2),
             "g_b": g.stride(0), "g_t": g.stride(1), "g_o": g.stride(2),
-            "BLOCK_O": c.block_o, "BLOCK_I": c.block_i, "BLOCK_T": c.block_t, "MOMENTS": moments,
-        },
-        c.num_warps,
-        c.num_stages,
-    )  # fmt: skip
-    if splits > 1:
-        size = len_o * len_i
-        _common.launch(
-            _merge_kernel,
-            (cdiv(size, MERGE_BLOCK),),
-            {
-                "sums": sums, "spreads": spreads, "dw": dw, "m2": m2, "size": size, "batch": batch,
-                "per_split": per_split, "splits": splits, "MOMENTS": moments, "BLOCK": MERGE_BLOCK,
-            },
-            4,
-        )  # fmt: skip
-    return dw, slab.sum(1), m2
+            "BLOCK_O": c.block_o, "BLOCK_I": c.block_i, "BLOCK_T": c.block_t,
+        }  # fmt: skip
+        _common.launch(_fused_kernel, grid, {**args, **outputs}, c.num_warps, c.num_stages)
+
+    tiles = cdiv(len_o, c.block_o) * cdiv(len_i, c.block_i)
+    dw = torch.empty(len_o, len_i, dtype=x.dtype, device=x.device)
+    w = sample_sums.walk(batch, len_t, c.splits, c.parts, c.block_t)
+    return sample_sums.run(w, batch, tiles, dw, moments, first)
 
 
 def weight_stats(x: Tensor, g: Tensor, moments: bool, c: Config) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,7 +130,7 @@ def linear_stats(x: Tensor, g: Tensor, weight: bool, bias: bool, moments: bool) 
     none = x.new_empty(0, dtype=torch.float32)
     dw, w_sq, w_m2, db, b_sq, b_m2 = x.new_empty(0), none, none, x.new_empty(0), none, none
     if weight and x.numel() and g.numel():
-        c = config(batch, len_t, len_i, len_o, x.dtype, moments, _common.num_sms(x))
+        c = config(batch, len_t, len_i, len_o, x.dtype, moments, *_common.planned_for(x))
         dw, w_sq, w_m2 = weight_stats(x, g, moments, c)
     elif weight:  # nothing to add up
         dw, w_sq = x.new_zeros(len_o, len_i), none.new_zeros(batch)

@@ -67,6 +67,21 @@ def check_fused_splits(splits, block):
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
+@pytest.mark.parametrize(("batch", "t", "parts"), [(1, 70, 4), (3, 70, 3), (2, 33, 2), (1, 16, 5)])
+def check_shared_samples(batch, t, parts):
+    """Long samples in parts: the square is of the whole, and the last part may be ragged."""
+    from gradstats.kernels import linear_config, linear_stats
+
+    x, g = random(batch, t, 70, dtype=torch.float32), random(batch, t, 130, dtype=torch.float32)
+    c = linear_config.Config("fused", 64, 64, 16, 4, 1, 1, parts)
+    for moments in (False, True):
+        got = linear_stats.weight_stats(x, g, moments, c)
+        dw, _, sq, _, m2, _ = reference.linear_stats(wide(x), wide(g), True, False, moments)
+        compare(got, (dw, sq, m2), x.dtype, "dw w_sq w_m2")
+        again = linear_stats.weight_stats(x, g, moments, c)
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
 def check_paths_agree():
     from gradstats.kernels import linear_config, linear_stats
 

@@ -50,6 +50,18 @@ def test_sm_90(name, call):
         assert build(launches[0], 90).opcodes["LDGSTS"], "no asynchronous copies"
 
 
+SM_80 = [c for c in table.linear_cases(80) if "bf16" in c[0] and "fused 128" in c[0]]
+
+
+@pytest.mark.parametrize(("name", "call"), SM_80, ids=[c[0] for c in SM_80])
+def test_sm_80(name, call):
+    """What fills the registers there; the smaller tiles are in the table."""
+    for launch in table.launches_of(call):
+        made = build(launch, 80)
+        assert not made.spills, (launch.kernel.__name__, made)
+        assert made.shared <= table.SHARED_LIMIT[80]
+
+
 def test_the_reader_sees_spills():
     """A tile that cannot fit in registers must be reported."""
     x = torch.empty(8, 64, 768, dtype=torch.bfloat16, device="meta")
@@ -82,7 +94,7 @@ def test_odd_widths_keep_asynchronous_copies(i, o):
 
 
 def test_config_stays_within_all_configs():
-    from gradstats.kernels.linear_config import MAX_SPLITS, Config, all_configs, config
+    from gradstats.kernels.linear_config import MAX_PARTS, MAX_SPLITS, Config, all_configs, config
 
     known = set(all_configs())
     sizes = (1, 2, 7, 16, 100, 768, 3000, 50257)
@@ -90,7 +102,9 @@ def test_config_stays_within_all_configs():
         for dtype, moments in itertools.product((torch.float32, torch.bfloat16), (False, True)):
             c = config(batch, t, i, o, dtype, moments)
             assert 1 <= c.splits <= min(batch, MAX_SPLITS)
-            assert (dtype, moments, Config(**{**vars(c), "splits": 1})) in known
+            assert 1 <= c.parts <= MAX_PARTS
+            assert c.splits == 1 or c.parts == 1
+            assert (dtype, moments, Config(**{**vars(c), "splits": 1, "parts": 1})) in known
 
 
 def test_config_chooses_by_cost():
