@@ -7,7 +7,8 @@ STAMP := $(VENV)/.ready
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 CLANG_FORMAT := $(BIN)/clang-format
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.cpp csrc/cuda/hopper/*.cuh)
+EMULATION := $(wildcard tests/cuda/*.h tests/cuda/*.cpp)
 
 .PHONY: help setup demo test lint bench clean
 
@@ -37,7 +38,7 @@ lint: $(STAMP)  ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(CLANG_FORMAT) --dry-run --Werror $(CPP)
+	$(CLANG_FORMAT) --dry-run --Werror $(CPP) $(EMULATION)
 
 bench: $(STAMP)  ## time the operations and whole training steps
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --benchmark-group-by=group
