@@ -7,7 +7,8 @@ GRADSTATS_BUILD  auto (default)  the CPU part where there is a C++ compiler, the
                  none            pure Python
 GRADSTATS_ARCH   native (default)  the instructions of this machine; for a wheel that travels name
                                    one, as for -march: x86-64-v3 (AVX2), x86-64-v4 (AVX-512)
-TORCH_CUDA_ARCH_LIST  as in torch; by default 8.0 and 9.0, with PTX for later GPUs
+TORCH_CUDA_ARCH_LIST  as in torch; by default 8.0, with PTX for later GPUs, and 9.0a. The kernels for
+                      Hopper alone are built where the list names 9.0a and the toolkit is 12.5 or later
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
 
     cuda_sources = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/bind.cpp"))
     missing = []
+    toolkit = (0, 0)
     if torch.version.cuda is None:
         missing.append(f"torch {torch.__version__} is built without CUDA")
     # A CPU build of torch does not look for the toolkit: its CUDA_HOME is None whatever there is.
@@ -99,6 +101,8 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
         # torch compiles with no toolkit but one of its own major version.
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
         release = re.search(r"release ((\d+)\.\d+)", said.stdout)
+        if release:
+            toolkit = tuple(int(n) for n in release[1].split("."))
         if release and release[2] != torch.version.cuda.split(".")[0]:
             missing.append(f"{nvcc} is of CUDA {release[1]} and torch of {torch.version.cuda}")
             if mode == "auto":
@@ -119,7 +123,15 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
         kind = cpp_extension.CUDAExtension
         args["cxx"].append("-DGRADSTATS_WITH_CUDA")
         args["nvcc"] = [*common, "--expt-relaxed-constexpr"]
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        # 9.0a in place of 9.0, not beside it: one of two would be picked at run time.
+        new = toolkit >= (12, 5)  # cudaGetDriverEntryPointByVersion
+        archs = os.environ.setdefault(
+            "TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a" if new else "8.0;9.0+PTX"
+        )
+        if new and "9.0a" in archs:
+            args["cxx"].append("-DGRADSTATS_WITH_SM90A")
+        else:
+            cuda_sources = [s for s in cuda_sources if not s.endswith("_sm90.cu")]
     extension = kind(
         "gradstats._C",
         ["csrc/host.cpp", *sorted(glob("csrc/cpu/*.cpp")), *(cuda_sources if cuda else [])],

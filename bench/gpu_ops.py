@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import gpu_hopper
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -99,10 +100,15 @@ def linear_cases(device: str, dtype: torch.dtype, small: bool) -> Iterator[Case]
                      (moments(*few)[4], true[4])]  # fmt: skip
             return worst(*zip(*pairs, strict=True))
 
-        calls = shared(make, {"dW alone": alone, "norms": norms, "norms+moments": moments})
+        name = f"linear B={b} T={t} I={i} O={o}"
+        runs = {"dW alone": alone, "norms": norms, "norms+moments": moments}
+        runs |= gpu_hopper.variants(name, make, device, dtype, FEW, BF16_TOLERANCE)
+        limits = {"norms": limit, "norms+moments": 1.25}
+        limits |= {gpu_hopper.NAMES[False]: limit, gpu_hopper.NAMES[True]: 1.25}
+        calls = shared(make, runs)
         yield Case(
-            f"linear B={b} T={t} I={i} O={o}", ("dW alone", calls.pop("dW alone")), calls,
-            {"norms": limit, "norms+moments": 1.25}, flops=2 * b * t * i * o, check=check,
+            name, ("dW alone", calls.pop("dW alone")), calls, limits, flops=2 * b * t * i * o,
+            check=check,
         )  # fmt: skip
 
 

@@ -32,12 +32,15 @@ _TRITON = {  # operation -> module of gradstats.kernels
     "tied_cross": "tied_cross",
 }
 _CUDA = ("multi_sq_norm",)
+# Never run on a GPU yet, so an automatic choice takes Triton; use("cuda") takes these.
+_CUDA_BY_NAME = ("linear_stats",)
 _CPU = (
     "linear_stats", "layer_norm_stats", "group_norm_stats", "embedding_stats", "conv_stats",
     "multi_sq_norm",
 )  # fmt: skip
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
 
 _forced: str | None = None
 
@@ -110,15 +113,21 @@ def refusal(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
         return why
     if device != name:
         return f"it needs {name} tensors, not {device} ones"
-    if name == "cuda" and (op not in _CUDA or not module.build_info["cuda"]):
+    if name == "cuda" and not _has_cuda(op):
         return f"the extension has no CUDA kernel for {op}; build it with GRADSTATS_BUILD=cuda"
-    if name == "cuda" and dtype not in _GPU_DTYPES:
-        return f"its kernels take {_list(_GPU_DTYPES)}, not {dtype}"
+    takes = _GPU_DTYPES if op in _CUDA else _TENSOR_CORE_DTYPES
+    if name == "cuda" and dtype not in takes:
+        return f"its kernels take {_list(takes)}, not {dtype}"
     if name == "cpu" and op not in _CPU:
         return f"the extension has no CPU kernel for {op}"
     if name == "cpu" and dtype not in _CPU_DTYPES and op != "multi_sq_norm":
         return f"its kernels take {_list(_CPU_DTYPES)}, not {dtype}"
     return None
+
+
+def _has_cuda(op: str) -> bool:
+    module, _ = extension()
+    return op in (*_CUDA, *_CUDA_BY_NAME) and hasattr(module, f"{op}_cuda")
 
 
 def _list(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -150,9 +159,8 @@ def _resolve(
 
 def _choose(op: str, device: str, dtype: torch.dtype, wanted: str) -> str:
     # A backend asked for by name serves the operations it has; the others stay automatic.
-    if wanted != "auto" and op in {"triton": _TRITON, "cuda": _CUDA, "cpu": _CPU}.get(
-        wanted, (op,)
-    ):
+    has = {"triton": op in _TRITON, "cuda": op in _CUDA or _has_cuda(op), "cpu": op in _CPU}
+    if wanted != "auto" and has.get(wanted, True):
         why = refusal(wanted, op, device, dtype)
         if why is None:
             return wanted
@@ -163,6 +171,8 @@ def _choose(op: str, device: str, dtype: torch.dtype, wanted: str) -> str:
     for name in ("cuda", "cpu", "triton"):
         if name == "triton" and device == "cpu":
             continue  # the interpreter is for tests, never an automatic choice
+        if name == "cuda" and op in _CUDA_BY_NAME:
+            continue
         if refusal(name, op, device, dtype) is None:
             return name
     return "reference"

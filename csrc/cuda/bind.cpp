@@ -162,6 +162,10 @@ std::tuple<Tensor, Tensor, Tensor> weight_stats(const char* op, const Tensor& x,
     if (moments) m2 = at::zeros({len_o, len_i}, wide);
     return {at::zeros({len_o, len_i}, x.options()), at::zeros({batch}, wide), m2};
   }
+  if (x.size(1) == 1 && !moments) {  // rank one: the library's product and two norms
+    const Tensor x_rows = x.select(1, 0), g_rows = g.select(1, 0);
+    return {at::mm(g_rows.t(), x_rows), rank_one_sq_norm(x_rows, g_rows), m2};
+  }
   const Tensor rows_x = describable(x), rows_g = describable(g);
   const cuda::LinearFused call{samples_of(rows_x), samples_of(rows_g), batch,
                                x.size(1),          dtype_of(op, x),    moments};
