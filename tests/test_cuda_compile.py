@@ -29,8 +29,9 @@ TORCH_FLAGS = [
 PORTABLE = ("80", "90")
 HOPPER_ONLY = "linear_fused_sm90"
 REGISTERS_AT_ENTRY = 168  # 65536 over the 384 threads of a block
-# Kernels of traits <moments, cluster>: columns of a tile, instructions for each accumulator.
-TILES = {(False, 1): (192, 2), (False, 2): (192, 2), (True, 1): (128, 5), (True, 2): (128, 5)}
+# Kernels of traits <moments, cluster, columns of a tile>.
+TILES = [(m, c, n) for c in (1, 2) for m, n in ((False, 192), (False, 128), (True, 128))]
+ARITHMETIC = {False: 2, True: 5}  # instructions for each accumulator of a sample
 
 
 def compile_for(source: Path, archs: tuple[str, ...], out: Path) -> str:
@@ -68,17 +69,17 @@ def hopper(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opcodes(hopper):
-    """(moments, cluster, dtype) -> how often the machine code holds each instruction."""
+    """(moments, cluster, columns, dtype) -> how often the machine code holds each instruction."""
     tool = disassembler()
     if tool is None:
         pytest.skip("cuobjdump was not found")
     text = subprocess.run([tool, "-sass", hopper[1]], capture_output=True, text=True, check=True)
     found = {}
     for kernel in text.stdout.split("Function : ")[1:]:
-        name = re.match(r"\S*fused_kernel\S*TraitsILb(\d)ELi(\d)EEE\d+(\w+?)E", kernel)
+        name = re.match(r"\S*fused_kernel\S*TraitsILb(\d)ELi(\d)ELi(\d+)EEE\d+(\w+?)E", kernel)
         if name:
             ops = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", kernel)
-            found[name[1] == "1", int(name[2]), name[3]] = Counter(
+            found[name[1] == "1", int(name[2]), int(name[3]), name[4]] = Counter(
                 op + ("" if "tnsp" not in args else args[args.index(".tnsp") :].split(",")[0])
                 for op, args in ops
             )
@@ -108,10 +109,9 @@ def test_hopper_registers(hopper):
 
 
 def test_hopper_instructions(opcodes):
-    assert {key[:2] for key in opcodes} == set(TILES)
+    assert {key[:3] for key in opcodes} == set(TILES)
     assert len(opcodes) == 2 * len(TILES), "bfloat16 and float16"
-    for (moments, cluster, dtype), found in opcodes.items():
-        columns, each = TILES[moments, cluster]
+    for (moments, cluster, columns, dtype), found in opcodes.items():
         names = " ".join(found)
         assert not re.search(r"\b(LDL|STL)", names), "local memory"
         wgmma = sum(n for op, n in found.items() if op.startswith("HGMMA") and "tnspA.tnspB" in op)
@@ -124,8 +124,8 @@ def test_hopper_instructions(opcodes):
         arithmetic = sum(
             n for op, n in found.items() if op.split(".")[0] in {"FADD", "FMUL", "FFMA"}
         )
-        accumulators = columns * 64 // 128
-        assert each * accumulators <= arithmetic <= each * accumulators + 64, arithmetic
+        least = ARITHMETIC[moments] * columns * 64 // 128
+        assert least <= arithmetic <= least + 64, arithmetic
 
 
 @pytest.mark.parametrize("source", [*SOURCES, *HEADERS], ids=lambda s: s.name)

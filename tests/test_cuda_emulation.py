@@ -24,7 +24,8 @@ compiled = pytest.mark.skipif(shutil.which(CXX[0]) is None, reason="no C++ compi
 
 def run(source: Path, tmp_path: Path, include: Path = CUDA) -> subprocess.CompletedProcess[str]:
     program = tmp_path / source.stem
-    build = [*CXX, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{include}", f"-I{HERE}"]
+    level = "-O2" if source.stem == "whole" else "-O1"  # it multiplies; the others compile sooner
+    build = [*CXX, "-std=c++20", level, "-Wall", "-Wextra", "-Werror", f"-I{include}", f"-I{HERE}"]
     made = subprocess.run(
         [*build, str(source), "-o", str(program)], capture_output=True, text=True, check=False
     )

@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x < kWarpgroup) {
     shrink_registers<kProducerRegisters>();
     if (threadIdx.x == 0) produce(x_map, g_map, args, shared, worker, rank);
+    __syncwarp();  // the barrier below takes whole warps
   } else {
     grow_registers<kConsumerRegisters>();
     consume<Traits, T>(args, shared, worker, rank);
@@ -94,18 +95,28 @@ cudaError_t launch(const LinearFused& call, const Plan& plan, float* scratch, vo
   return cudaGetLastError();
 }
 
-// Calls `run` with the traits of the call.
-template <typename Run>
-auto with_traits(const LinearFused& call, Run run) {
-  const bool pairs = choose_cluster(ceil_div<int64_t>(call.g.width, Traits<false, 1>::kTileO)) == 2;
-  if (call.moments) return pairs ? run(Traits<true, 2>{}) : run(Traits<true, 1>{});
-  return pairs ? run(Traits<false, 2>{}) : run(Traits<false, 1>{});
-}
-
 int attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
   return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
+}
+
+template <int kCluster, typename Run>
+auto with_tile(const LinearFused& call, Run run) {
+  using Wide = Traits<false, kCluster, kWide>;
+  using Narrow = Traits<false, kCluster, kNarrow>;
+  if (call.moments) return run(Traits<true, kCluster>{});
+  const int count = attribute(cudaDevAttrMultiProcessorCount);
+  const Shape shape = shape_of(call);
+  return plan_cost<Narrow>(shape, count) < plan_cost<Wide>(shape, count) ? run(Narrow{})
+                                                                         : run(Wide{});
+}
+
+// Calls `run` with the traits of the call.
+template <typename Run>
+auto with_traits(const LinearFused& call, Run run) {
+  const int64_t tiles = ceil_div<int64_t>(call.g.width, Traits<false, 1>::kTileO);
+  return choose_cluster(tiles) == 2 ? with_tile<2>(call, run) : with_tile<1>(call, run);
 }
 
 template <typename Traits>
@@ -115,7 +126,7 @@ Plan plan_of(const LinearFused& call, Traits) {
 
 // What cuTensorMapEncodeTiled's documentation asks of 16-bit rows.
 const char* undescribable(const Samples& s, int64_t batch, int64_t len_t) {
-  constexpr int64_t kStep = 16 / kElement, kSizes = int64_t{1} << 32, kBytes = int64_t{1} << 40;
+  constexpr int64_t kStep = 16 / kElement, kMost = 1 << 30, kBytes = int64_t{1} << 40;
   if (reinterpret_cast<uintptr_t>(s.data) % 16 != 0) return "data is not aligned to 16 bytes";
   if (s.stride_t % kStep != 0 || s.stride_b % kStep != 0) {
     return "a stride is no multiple of 16 bytes";
@@ -124,9 +135,7 @@ const char* undescribable(const Samples& s, int64_t batch, int64_t len_t) {
     return "strides do not nest: rows in samples, samples in the batch";
   }
   if (s.stride_b * kElement >= kBytes) return "a stride is 2^40 bytes or more";
-  if (s.width > INT32_MAX || len_t > INT32_MAX || batch > INT32_MAX || kSizes < batch) {
-    return "a dimension is 2^31 or more";
-  }
+  if (s.width > kMost || len_t > kMost || batch > kMost) return "a dimension is above 2^30";
   return nullptr;
 }
 
@@ -141,6 +150,9 @@ const char* linear_fused_refusal(const LinearFused& call) {
     return "it is empty";
   if (const char* why = undescribable(call.x, call.batch, call.len_t)) return why;
   if (const char* why = undescribable(call.g, call.batch, call.len_t)) return why;
+  const int64_t tiles = ceil_div<int64_t>(call.x.width, kNarrow) *
+                        (ceil_div<int64_t>(call.g.width, 2 * kConsumers * kWgmmaM) + 1);
+  if (tiles > INT32_MAX / kMaxSplits) return "it has too many tiles";
   if (encode_tiled() == nullptr) return "the driver has no cuTensorMapEncodeTiled";
   return nullptr;
 }

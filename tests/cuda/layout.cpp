@@ -83,6 +83,7 @@ void all() {
 int main() {
   all<Traits<false, 1>>();
   all<Traits<false, 2>>();
+  all<Traits<false, 2, kNarrow>>();
   all<Traits<true, 1>>();
   all<Traits<true, 2>>();
   for (uint32_t a = 0; a < 4096; a += 16) CHECK(swizzle(swizzle(a)) == a, "an involution");

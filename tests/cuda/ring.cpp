@@ -226,6 +226,7 @@ void all() {
 int main() {
   all<Traits<false, 1>>();
   all<Traits<false, 2>>();
+  all<Traits<false, 2, kNarrow>>();
   all<Traits<true, 1>>();
   all<Traits<true, 2>>();
   std::printf("ring ok\n");

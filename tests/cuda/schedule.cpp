@@ -73,8 +73,22 @@ void places() {
   CHECK(int64_t(partial.size()) * 4 == partial_floats<Traits>(plan), "the slots are full");
 }
 
+// Addresses of large layers and batches do not fit in 32 bits.
+template <typename Traits>
+void large() {
+  const Plan plan = make_plan<Traits>({100000, 64, 16384, 131072}, 132);
+  const int rank = plan.cluster - 1, last = plan.tiles() - 1;
+  CHECK(slab_at(plan, 99999, last, rank, kConsumerWarps - 1) + 1 == 100000 * slab_width(plan),
+        "the slab's last place");
+  CHECK(100000 * slab_width(plan) > INT64_C(1) << 31, "and it is far");
+  constexpr int kGroups = Traits::kAccumulators / 4;
+  const int64_t at = partial_at(INT64_C(1) << 20, kGroups, 0, 0);
+  CHECK(at == (INT64_C(1) << 20) * kGroups * kConsumers * kWarpgroup, "a far slot");
+}
+
 template <typename Traits>
 void all() {
+  large<Traits>();
   Random random(7);
   const int64_t known[][4] = {{16, 1024, 768, 3072},  {8, 2048, 4096, 4096}, {4, 4096, 4096, 11008},
                               {16, 1024, 768, 50304}, {32, 64, 1024, 1024},  {32, 197, 4096, 4096},
@@ -86,6 +100,19 @@ void all() {
     schedule<Traits>(shape, 1 + random.below(150));
   }
   places<Traits>();
+  // Every position is in one block, and the steps reach it.
+  for (int len_t = 1; len_t < 400; ++len_t) {
+    std::vector<int> covered(len_t);
+    for (int block = 0; block < blocks_of(len_t); ++block) {
+      const int steps = block == 0 ? first_steps(len_t) : kBlockT / kWgmmaK;
+      CHECK(steps >= 1 && steps <= kBlockT / kWgmmaK, "steps");
+      for (int k = 0; k < steps * kWgmmaK; ++k) {
+        const int t = block_begin(block, blocks_of(len_t)) + k;
+        if (t < len_t) ++covered[t];
+      }
+    }
+    for (int times : covered) CHECK(times == 1, "a position of %d is added %d times", len_t, times);
+  }
   // Turns: all blocks once, the short turn first.
   for (int blocks = 1; blocks < 20; ++blocks) {
     int block = 0;
@@ -102,6 +129,7 @@ void all() {
 int main() {
   all<Traits<false, 1>>();
   all<Traits<false, 2>>();
+  all<Traits<false, 2, kNarrow>>();
   all<Traits<true, 1>>();
   all<Traits<true, 2>>();
   std::printf("schedule ok\n");

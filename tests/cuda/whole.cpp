@@ -67,10 +67,9 @@ struct Kernel {
   void product(const Item& item, int rank, int me, int b, std::vector<float>& acc) const {
     const int o = int(first_row<Traits>(item, rank)), i = int(first_column<Traits>(item));
     const int blocks = blocks_of(x.len_t);
-    const int last_steps = ceil_div(x.len_t - (blocks - 1) * kBlockT, kWgmmaK);
     for (int block = 0; block < blocks; ++block) {
       SharedMemory shared(Traits::kStageBytes);
-      const int t = block * kBlockT;
+      const int t = block_begin(block, blocks);
       for (int box = 0; box < Traits::kBoxesO; ++box) {
         tma_load(shared, Stage<Traits>::g_box(box), g, o + box * kBoxColumns, t, b, kBlockT);
       }
@@ -80,7 +79,7 @@ struct Kernel {
                    t + from * Stage<Traits>::kShareT, b, Stage<Traits>::kShareT);
         }
       }
-      const int steps = block + 1 == blocks ? last_steps : kBlockT / kWgmmaK;
+      const int steps = block == 0 ? first_steps(x.len_t) : kBlockT / kWgmmaK;
       for (int step = 0; step < steps; ++step) {
         if (step == 0 && block == 0) std::fill(acc.begin(), acc.end(), 0.0f);
         const uint64_t a = descriptor(Stage<Traits>::g_box(0) + me * kBoxBytes, step);
@@ -220,6 +219,7 @@ void all() {
 int main() {
   all<Traits<false, 1>>();
   all<Traits<false, 2>>();
+  all<Traits<false, 2, kNarrow>>();
   all<Traits<true, 1>>();
   all<Traits<true, 2>>();
   std::printf("whole ok\n");

@@ -43,7 +43,7 @@ __device__ void produce(const CUtensorMap& x_map, const CUtensorMap& g_map, cons
     for (int b = item.first; b < item.last; ++b) {
 #pragma unroll 1
       for (int block = 0; block < blocks; ++block) {
-        const int t = block * kBlockT;
+        const int t = block_begin(block, blocks);
         uint64_t* full = shared.full + ring.stage;
         const uint32_t stage = shared.stage(ring.stage);
         wait_for(shared.empty + ring.stage, ring.writer_parity());
@@ -91,8 +91,7 @@ __device__ void consume(const Arguments& args, const Shared<Traits>& shared, int
   const int me = __shfl_sync(~0u, thread / kWarpgroup, 0);  // uniform, and the compiler knows
   const int lane = thread % kWarp;
   const int blocks = blocks_of(args.shape.len_t);
-  const int last_steps = static_cast<int>(
-      ceil_div<int64_t>(args.shape.len_t - int64_t{blocks - 1} * kBlockT, kWgmmaK));
+  const int short_steps = first_steps(args.shape.len_t);
   const auto turn = [](int whose) { return 1 + whose; };  // named barriers
   constexpr int kTurnThreads = kConsumers * kWarpgroup;
 
@@ -129,7 +128,7 @@ __device__ void consume(const Arguments& args, const Shared<Traits>& shared, int
           const uint64_t g = descriptor(stage + Stage<Traits>::g_box(0) + me * kBoxBytes, 0);
           const uint64_t x = descriptor(stage + Stage<Traits>::x_box(0), 0);
           const bool fresh = block + j == 0;  // the sample's first product replaces the last's sum
-          if (block + j + 1 < blocks || last_steps == kSteps) {
+          if (!fresh || short_steps == kSteps) {
             wgmma_begin();
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
@@ -137,14 +136,14 @@ __device__ void consume(const Arguments& args, const Shared<Traits>& shared, int
                           step > 0 || !fresh);
             }
             wgmma_commit();
-          } else {  // a tail of few positions
+          } else {  // few positions
 #pragma unroll 1
-            for (int step = 0; step < last_steps; ++step) {
+            for (int step = 0; step < short_steps; ++step) {
               wgmma_begin();
               multiply<T>(acc, g + field(step * kStepBytes), x + field(step * kStepBytes),
-                          step > 0 || !fresh);
+                          step > 0);
+              wgmma_commit();
             }
-            wgmma_commit();
           }
           read.advance();
         }

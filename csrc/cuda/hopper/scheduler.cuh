@@ -74,6 +74,18 @@ GRADSTATS_HD constexpr int blocks_of(int64_t len_t) {
   return static_cast<int>(ceil_div<int64_t>(len_t, kBlockT));
 }
 
+// A sample's last positions come first: should they be few, their short product is not the one that
+// has to hide the other warpgroup's squaring.
+GRADSTATS_HD constexpr int block_begin(int block, int blocks) {
+  return (block == 0 ? blocks - 1 : block - 1) * kBlockT;
+}
+
+// Products of kWgmmaK positions in a sample's first block; the others are full.
+GRADSTATS_HD constexpr int first_steps(int64_t len_t) {
+  const int64_t rest = len_t - int64_t{blocks_of(len_t) - 1} * kBlockT;
+  return static_cast<int>(ceil_div<int64_t>(rest, kWgmmaK));
+}
+
 // Positions' worth of time that the slowest worker needs for `tiles` split in `splits`.
 constexpr int64_t split_cost(const Shape& shape, int64_t tiles, int splits, int workers) {
   const int64_t waves = ceil_div<int64_t>(tiles * splits, workers);
@@ -110,6 +122,16 @@ constexpr Plan make_plan(const Shape& shape, int multiprocessors) {
   plan.whole = plan.splits > 1 ? plan.tiles() - rest : plan.tiles();
   plan.workers = plan.items() < at_once ? plan.items() : at_once;
   return plan;
+}
+
+// Cycles of the slowest worker, to choose between tiles.
+template <typename Traits>
+constexpr int64_t plan_cost(const Shape& shape, int multiprocessors) {
+  const Plan plan = make_plan<Traits>(shape, multiprocessors);
+  const int64_t positions = shape.batch * shape.len_t;
+  int64_t cost = ceil_div(plan.whole, plan.workers) * positions;
+  if (plan.splits > 1) cost += split_cost(shape, plan.split_tiles(), plan.splits, plan.workers);
+  return cost * Traits::kCycles;
 }
 
 }  // namespace gradstats::cuda::hopper

@@ -24,13 +24,16 @@ constexpr int kBoxColumns = 64;  // 128 bytes, the swizzle's width: a box of one
 constexpr int kBlockT = 64;      // positions in a stage
 constexpr int kBoxBytes = kBlockT * kBoxColumns * kElement;
 
-template <bool kWithMoments, int kClusterSize>
+// Columns of a tile: wide where its sums fit, narrow with moments and for small outputs.
+constexpr int kWide = 192, kNarrow = 128;
+
+template <bool kWithMoments, int kClusterSize, int kColumns = kWithMoments ? kNarrow : kWide>
 struct Traits {
   static constexpr bool kMoments = kWithMoments;
   static constexpr int kCluster = kClusterSize;  // blocks that share the columns of x
   static constexpr int kTileO = kConsumers * kWgmmaM;
-  static constexpr int kTileI = kMoments ? 128 : 192;
-  static constexpr int kStages = kMoments ? 6 : 5;
+  static constexpr int kTileI = kColumns;
+  static constexpr int kStages = kTileI == kWide ? 5 : 6;
   // Stages that a warpgroup multiplies before the other one's turn. Its squaring, 2 instructions an
   // element or 5 with moments, must be no longer than the other's turn: 192 < 384 cycles of
   // m64n192 on 64 positions; 320 > 256 of m64n128, hence two.
@@ -40,6 +43,13 @@ struct Traits {
   static constexpr int kBoxesO = kTileO / kBoxColumns, kBoxesI = kTileI / kBoxColumns;
   static constexpr int kStageBytes = (kBoxesO + kBoxesI) * kBoxBytes;
   static constexpr int kSharedBytes = 1024 + kStages * (kStageBytes + 2 * 8);
+
+  // Cycles that a position of a tile takes: of the tensor cores, at 2048 products a cycle, or of
+  // shared memory, at 128 bytes a cycle: wgmmas read 64 columns of g and all of x, TMA writes both.
+  static constexpr int kProductCycles = kTileO * kTileI / 2048;
+  static constexpr int kSharedCycles =
+      (kConsumers * (kWgmmaM + kTileI) + kTileO + kTileI) * kElement / 128;
+  static constexpr int kCycles = kSharedCycles > kProductCycles ? kSharedCycles : kProductCycles;
 
   static_assert(kTileI % kBoxColumns == 0 && kTileI <= 256, "whole boxes, one wgmma wide");
   static_assert(kBlockT % (kCluster * 8) == 0, "a block's share of x is whole swizzle patterns");
