@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from gradstats.kernels import (
     _common,
+    conv_stats,
     embedding_stats,
     linear_config,
     linear_stats,
@@ -157,6 +158,34 @@ def norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         )
 
 
+CONVOLUTIONS = {  # B, I, O, groups, size, kernel: one for every kind of tile
+    "3→64 7×7": (64, 3, 64, 1, (112, 112), (7, 7)),
+    "32→64": (64, 32, 64, 1, (56, 56), (3, 3)),
+    "64→64": (64, 64, 64, 1, (56, 56), (3, 3)),
+    "128→128": (64, 128, 128, 1, (28, 28), (3, 3)),
+    "512→512, few positions": (64, 512, 512, 1, (7, 7), (3, 3)),
+    "256→256, 32 groups": (64, 256, 256, 32, (28, 28), (3, 3)),
+    "128→128, one image": (1, 128, 128, 1, (64, 64), (3, 3)),
+    "384 depthwise 7×7": (64, 384, 384, 384, (14, 14), (7, 7)),
+    "64→64 3-d": (8, 64, 64, 1, (16, 28, 28), (3, 3, 3)),
+}
+
+
+def conv_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for dtype, (name, shape), moments in itertools.product(
+        _common.DTYPES, CONVOLUTIONS.items(), (False, True)
+    ):
+        batch, i, o, groups, size, kernel = shape
+        x = torch.empty(batch, i, *size, dtype=dtype, device="meta")
+        g = torch.empty(batch, o, *size, dtype=dtype, device="meta")
+        ones, padding = (1,) * len(size), tuple(k // 2 for k in kernel)
+        where = (kernel, ones, padding, ones, groups)
+        yield (
+            f"conv {name} {TYPES[dtype]}{' moments' if moments else ''}",
+            lambda x=x, g=g, w=where, m=moments: conv_stats.conv_stats(x, g, *w, True, False, m),
+        )
+
+
 def embedding_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     for dtype, moments in itertools.product(_common.DTYPES, (False, True)):
         g = torch.empty(16, 1024, 768, dtype=dtype, device="meta")
@@ -182,6 +211,7 @@ def all_cases(arch: int = 90) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Calls that between them launch everything the heuristics choose on `arch`."""
     yield from linear_cases(arch)
     yield from norm_cases()
+    yield from conv_cases()
     yield from embedding_cases()
     yield from tied_cases()
 

@@ -29,6 +29,7 @@ _TRITON = {  # operation -> module of gradstats.kernels
     "layer_norm_stats": "norm_stats",
     "group_norm_stats": "norm_stats",
     "embedding_stats": "embedding_stats",
+    "conv_stats": "conv_stats",
     "tied_cross": "tied_cross",
 }
 _CUDA = ("multi_sq_norm",)

@@ -1,5 +1,6 @@
-"""Which path and tile a linear layer's statistics take. Pure functions of the shape, no triton.
+"""Which path and tile the statistics of linear layers and convolutions take.
 
+Pure functions of the shape, no triton.
 Chosen once per call and never tuned by running: a kernel that accumulates must not run twice.
 """
 
@@ -28,8 +29,8 @@ class Config:
 
 
 RANK_ONE = Config("rank_one", 0, 1024, 1, 4, 1)
-MAX_SPLITS = 16
 MAX_PARTS = 32
+JOINED = 4  # waves of partial sums at most: what bounds their memory
 
 
 def _gram_is_cheaper(t: int, i: int, o: int, dtype: torch.dtype) -> bool:
@@ -66,17 +67,20 @@ def plan(
     merge = 3 * max(c.block_o, c.block_i) / t
     at_once = num_sms * (1 if c.block_o == 128 else 2)  # what the registers leave room for
 
+    wait = 30 / t  # joining takes one partial sum after the other
+
     def cost(choice: tuple[int, int]) -> float:
         splits, parts = choice
         if parts > 1:
             share = cdiv(cdiv(t, parts), c.block_t) * c.block_t / t
-            return cdiv(tiles * batch * parts, at_once) * (share + merge)
+            return cdiv(tiles * batch * parts, at_once) * (share + merge) + batch * parts * wait
         joined = 0.0 if splits == 1 else merge * (1 + moments)
-        return cdiv(tiles * splits, at_once) * (cdiv(batch, splits) + joined)
+        return cdiv(tiles * splits, at_once) * (cdiv(batch, splits) + joined) + splits * wait
 
-    choices = [(s, 1) for s in range(1, min(batch, MAX_SPLITS) + 1)]
-    room = 4 * at_once // (tiles * batch)  # partial sums of a few waves at most
-    choices += [(1, p) for p in range(2, min(cdiv(t, c.block_t), MAX_PARTS, room) + 1)]
+    room = JOINED * at_once
+    choices = [(s, 1) for s in range(1, min(batch, max(room // tiles, 1)) + 1)]
+    parts_at_most = min(cdiv(t, c.block_t), MAX_PARTS, room // (tiles * batch))
+    choices += [(1, p) for p in range(2, parts_at_most + 1)]
     splits, parts = min(choices, key=cost)
     return cost((splits, parts)), replace(c, splits=splits, parts=parts)
 
@@ -98,6 +102,31 @@ def config(
         for c in tiles[min(i, o) <= 64 :]
     ]
     return min(plans, key=lambda p: p[0])[1]
+
+
+@functools.lru_cache(4096)
+def conv_config(
+    batch: int, s: int, c: int, o: int, taps: int, groups: int, dtype: torch.dtype, moments: bool,
+    num_sms: int = DEFAULT_SMS, arch: int = DEFAULT_ARCH,
+) -> tuple[Config, int]:  # fmt: skip
+    """For s positions and c → o channels in each group: configuration, channels of a tap in a tile.
+
+    Few channels share a tile's columns with other taps; then every element has its own bounds, and
+    only the small tile has registers for them.
+    """
+    few = next_power_of_2(c if dtype == torch.float32 else max(c, 4))  # 8 bytes at a time, or 4
+    if not moments and _gram_is_cheaper(s, c * taps, o, dtype):
+        tile = _gram_tile(s, dtype)
+        return replace(tile, block_i=min(tile.block_i, max(few, 16))), 0
+    plans = []
+    for small in (False, True)[min(c, o) <= 64 :]:
+        tile = _fused_tile(s, small, dtype, moments, arch)
+        channels = min(tile.block_i, few)
+        columns = cdiv(taps, tile.block_i // channels) * cdiv(c, channels)
+        tiles = groups * cdiv(o, tile.block_o) * columns
+        plans.append((*plan(tile, batch, s, tiles, moments, num_sms), channels))
+    _, tile, channels = min(plans, key=lambda p: p[0])
+    return tile, channels
 
 
 def all_configs(arch: int = DEFAULT_ARCH) -> list[tuple[torch.dtype, bool, Config]]:
