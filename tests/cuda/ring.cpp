@@ -47,7 +47,7 @@ template <typename Traits>
 class Cluster {
  public:
   Cluster(int samples, int blocks, uint64_t seed)
-      : samples_(samples), blocks_(blocks), random_(seed) {
+      : samples_(samples), blocks_(blocks), short_first_(seed % 2 == 1), random_(seed) {
     for (int rank = 0; rank < Traits::kCluster; ++rank) blocks_of_cluster_.emplace_back();
   }
 
@@ -164,7 +164,7 @@ class Cluster {
       --me.turn[who];
       CHECK(me.next == who, "the turns alternate");
       me.next = 1 - who;
-      c.count = turn_blocks<Traits::kTurnBlocks>(c.block, blocks_);
+      c.count = turn_blocks<Traits::kTurnBlocks>(c.block, blocks_, short_first_);
       c.read = c.ring;
       c.inside = 0;
       c.state = 1;
@@ -187,14 +187,14 @@ class Cluster {
       }
       return true;
     }
-    // wgmma_wait is over at some later time: let go of the stages.
-    for (int j = 0; j < c.count; ++j) {
-      const int stage = c.ring.stage;
-      for (int tag : me.tag[stage]) CHECK(tag == c.sample * blocks_ + c.block + j, "overwritten");
-      --me.readers[stage];
-      for (Block& to : blocks_of_cluster_) to.empty[stage].arrive();
-      c.ring.advance();
+    const int stage = c.ring.stage;  // wgmma_wait of one more group is over at some later time
+    for (int tag : me.tag[stage]) {
+      CHECK(tag == c.sample * blocks_ + c.block + c.inside, "overwritten while it is read");
     }
+    --me.readers[stage];
+    for (Block& to : blocks_of_cluster_) to.empty[stage].arrive();
+    c.ring.advance();
+    if (++c.inside < c.count) return true;
     c.block += c.count;
     c.state = 0;
     if (c.block == blocks_) {
@@ -205,6 +205,7 @@ class Cluster {
   }
 
   int samples_, blocks_;
+  bool short_first_;
   Random random_;
   std::vector<Block> blocks_of_cluster_;
   std::vector<Load> loads_;

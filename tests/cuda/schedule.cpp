@@ -113,16 +113,18 @@ void all() {
     }
     for (int times : covered) CHECK(times == 1, "a position of %d is added %d times", len_t, times);
   }
-  // Turns: all blocks once, the short turn first.
+  // Turns: all blocks once, none too short but where a sample is.
   for (int blocks = 1; blocks < 20; ++blocks) {
-    int block = 0;
-    for (; block < blocks;) {
-      const int count = turn_blocks<Traits::kTurnBlocks>(block, blocks);
-      CHECK(count >= 1 && count <= Traits::kTurnBlocks, "turn");
-      CHECK(block == 0 || count == Traits::kTurnBlocks, "only the first is short");
-      block += count;
+    for (bool short_first : {false, true}) {
+      int block = 0;
+      while (block < blocks) {
+        const int count = turn_blocks<Traits::kTurnBlocks>(block, blocks, short_first);
+        CHECK(count >= 1 && count <= Traits::kMostBlocks, "turn of %d", count);
+        CHECK(count == blocks || count >= Traits::kTurnBlocks, "too short to hide squaring");
+        block += count;
+      }
+      CHECK(block == blocks, "turns cover a sample");
     }
-    CHECK(block == blocks, "turns cover a sample");
   }
 }
 

@@ -118,7 +118,7 @@ __device__ void consume(const Arguments& args, const Shared<Traits>& shared, int
     for (int b = item.first; b < item.last; ++b) {
 #pragma unroll 1
       for (int block = 0; block < blocks;) {
-        const int count = turn_blocks<Traits::kTurnBlocks>(block, blocks);
+        const int count = turn_blocks<Traits::kTurnBlocks>(block, blocks, short_steps < kSteps);
         Ring<Traits::kStages> read = ring;
         named_wait(turn(me), kTurnThreads);
 #pragma unroll 1
@@ -149,12 +149,23 @@ __device__ void consume(const Arguments& args, const Shared<Traits>& shared, int
         }
         named_arrive(turn(1 - me), kTurnThreads);
         flush();
-        wgmma_wait(acc);
-#pragma unroll 1
-        for (int j = 0; j < count; ++j) {  // whoever wrote the stage's parts may write again
+        // Whoever wrote a stage's parts may write again, stage by stage.
+        const auto release = [&] {
           if (lane < Traits::kCluster) arrive_at(shared.empty + ring.stage, lane);
           ring.advance();
+        };
+        if constexpr (Traits::kMostBlocks == 3) {
+          if (count == 3) {
+            wgmma_wait<2>();
+            release();
+          }
         }
+        if (count >= 2) {
+          wgmma_wait<1>();
+          release();
+        }
+        wgmma_wait_all(acc);
+        release();
         block += count;
       }
       squares = absorb<Traits::kMoments>(acc, sum, m2, b - item.first);

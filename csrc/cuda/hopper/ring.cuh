@@ -25,11 +25,15 @@ struct Ring {
   GRADSTATS_HD constexpr uint32_t writer_parity() const { return parity ^ 1u; }
 };
 
-// Stages in the next turn of a sample that has `blocks` and is at `block`: the short turn comes
-// first, so that the last one is long enough to hide the other warpgroup's squaring.
+// Stages in the next turn of a sample that has `blocks` and is at `block`. Turns alternate
+// strictly, so a sample's first turn hides one warpgroup's squaring and its last turn the other's:
+// what is left over, a block or a short one, is added to the first turn instead of being a turn of
+// its own.
 template <int kTurnBlocks>
-GRADSTATS_HD constexpr int turn_blocks(int block, int blocks) {
-  return block == 0 ? (blocks - 1) % kTurnBlocks + 1 : kTurnBlocks;
+GRADSTATS_HD constexpr int turn_blocks(int block, int blocks, bool short_first) {
+  if (block > 0) return kTurnBlocks;
+  const int more = kTurnBlocks == 1 ? static_cast<int>(short_first) : blocks % kTurnBlocks;
+  return blocks < kTurnBlocks + more ? blocks : kTurnBlocks + more;
 }
 
 }  // namespace gradstats::cuda::hopper

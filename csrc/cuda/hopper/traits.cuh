@@ -54,7 +54,8 @@ struct Traits {
   static_assert(kTileI % kBoxColumns == 0 && kTileI <= 256, "whole boxes, one wgmma wide");
   static_assert(kBlockT % (kCluster * 8) == 0, "a block's share of x is whole swizzle patterns");
   static_assert(kSharedBytes <= kSharedLimit, "the ring fits");
-  static_assert(kTurnBlocks < kStages, "a turn is in the ring, and something is on its way");
+  static constexpr int kMostBlocks = kTurnBlocks == 1 ? 2 : 2 * kTurnBlocks - 1;  // of any turn
+  static_assert(2 * kMostBlocks <= kStages, "while a turn is read, the next one is on its way");
   static_assert((kMoments ? 3 : 2) * kAccumulators + 40 <= kConsumerRegisters, "sums fit");
 };
 

@@ -16,11 +16,17 @@ __device__ inline void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Waits for all of this warp's wgmmas. The accumulators are written behind the compiler's back
-// until then, so they pass through here: nothing that reads them can be moved before the wait.
+// Waits until at most kLeft of this warp's groups are under way.
+template <int kLeft>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+}
+
+// Waits for all of them. The accumulators are written behind the compiler's back until then, so
+// they pass through here: nothing that reads them can be moved before the wait.
 template <int kCount>
-__device__ inline void wgmma_wait(float (&acc)[kCount]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+__device__ inline void wgmma_wait_all(float (&acc)[kCount]) {
+  wgmma_wait<0>();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(acc[i])::"memory");
 }
