@@ -29,6 +29,7 @@ TORCH_FLAGS = [
 PORTABLE = ("80", "90")
 HOPPER_ONLY = "linear_fused_sm90"
 REGISTERS_AT_ENTRY = 168  # 65536 over the 384 threads of a block
+CONSUMER_REGISTERS = 232  # what setmaxnreg gives the warpgroups that multiply
 # Kernels of traits <moments, cluster, columns of a tile>.
 TILES = [(m, c, n) for c in (1, 2) for m, n in ((False, 192), (False, 128), (True, 128))]
 ARITHMETIC = {False: 2, True: 5}  # instructions for each accumulator of a sample
@@ -79,10 +80,14 @@ def opcodes(hopper):
         name = re.match(r"\S*fused_kernel\S*TraitsILb(\d)ELi(\d)ELi(\d+)EEE\d+(\w+?)E", kernel)
         if name:
             ops = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", kernel)
-            found[name[1] == "1", int(name[2]), int(name[3]), name[4]] = Counter(
+            count = Counter(
                 op + ("" if "tnsp" not in args else args[args.index(".tnsp") :].split(",")[0])
                 for op, args in ops
             )
+            count["registers"] = 1 + max(
+                int(r) for _, args in ops for r in re.findall(r"\bR(\d+)", args)
+            )
+            found[name[1] == "1", int(name[2]), int(name[3]), name[4]] = count
     return found
 
 
@@ -114,6 +119,7 @@ def test_hopper_instructions(opcodes):
     for (moments, cluster, columns, dtype), found in opcodes.items():
         names = " ".join(found)
         assert not re.search(r"\b(LDL|STL)", names), "local memory"
+        assert found["registers"] <= CONSUMER_REGISTERS
         wgmma = sum(n for op, n in found.items() if op.startswith("HGMMA") and "tnspA.tnspB" in op)
         assert wgmma >= 4, (dtype, names)
         loads = found["UTMALDG.3D"], found["UTMALDG.3D.MULTICAST"]
