@@ -123,16 +123,28 @@ def test_strides(t: int, dtype: torch.dtype, moments: bool) -> None:
         check(x, gs, True, True, moments)
 
 
+@pytest.mark.parametrize("t", [1, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_moments_of_nearly_identical_samples(dtype: torch.dtype) -> None:
-    """The fused path does not subtract large numbers: m2 is 1e-6 of the sum of squares here."""
-    b, t, i, o = 12, 64, 40, 50
+def test_moments_of_nearly_identical_samples(dtype: torch.dtype, t: int) -> None:
+    """m2 is 1e-6 of the sum of squares here; the difference of two large numbers would lose it."""
+    b, i, o = 12, 40, 50
     x = rand(1, t, i, dtype=dtype).expand(b, t, i)
     g = rand(1, t, o, dtype=dtype) + 1e-3 * rand(b, t, o, dtype=dtype)
     m2 = C.linear_stats(x, g, True, False, True)[4]
     want = reference.linear_stats(x.double(), g.double(), True, False, True)[4]
     tol = 2e-3 if dtype == torch.float32 else 1e-9
     torch.testing.assert_close(m2.double(), want, rtol=tol, atol=tol * want.mean().item())
+
+
+def test_moments_where_some_outputs_agree() -> None:
+    """At T = 1 only the rows that lose digits are computed again; the others keep theirs."""
+    x, g = rand(40, 1, 70), rand(40, 1, 90)
+    x[..., 0] = 1.0
+    g[..., 3:5] = 2.0 + 1e-4 * g[..., 3:5]
+    g[..., 89] = -1.0
+    want = reference.linear_stats(x.double(), g.double(), True, False, True)[4]
+    m2 = C.linear_stats(x, g, True, False, True)[4]
+    torch.testing.assert_close(m2.double(), want, rtol=1e-3, atol=1e-12)
 
 
 @pytest.mark.parametrize("t", [1, 64])

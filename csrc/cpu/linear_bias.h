@@ -45,17 +45,19 @@ void bias_stats(const Rows<In>& g, int64_t samples, int64_t positions, int64_t o
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t c0 = k * kColumnBlock, count = std::min(kColumnBlock, out - c0);
-      double each[kColumnBlock], sum[kColumnBlock] = {}, spread[kColumnBlock] = {};
+      double each[kColumnBlock], sum[kColumnBlock] = {}, mean[kColumnBlock] = {},
+                                 spread[kColumnBlock] = {};
       for (int64_t b = 0; b < samples; ++b) {
         column_sums(g.data + b * g.sample_stride + c0, g.row_stride, positions, count, each);
         double squares = 0;
         for (int64_t c = 0; c < count; ++c) squares += each[c] * each[c];
         partial[b * blocks + k] = squares;
-        if (m2 != nullptr && b > 0) {
-          const double n = static_cast<double>(b), part = n / (n + 1);
+        if (m2 != nullptr) {
+          const double n = static_cast<double>(b), part = n / (n + 1), step = 1 / (n + 1);
           for (int64_t c = 0; c < count; ++c) {
-            const double d = each[c] - sum[c] / n;
+            const double d = each[c] - mean[c];
             spread[c] += d * d * part;
+            mean[c] += d * step;
           }
         }
         for (int64_t c = 0; c < count; ++c) sum[c] += each[c];

@@ -1,9 +1,9 @@
 // Weight gradient of a linear layer with per-sample statistics, in one pass over register tiles.
 //
-// Positions are taken in groups of whole samples. Both operands of a group are packed once, for all
-// threads: activations in panels of kCols columns, grad_output in tiles of up to kMaxRows. Each
-// thread owns tiles of rows of the gradient and walks the panels past as many tiles as stay in its
-// L2 cache. A sample's contribution exists only in registers; nothing but the sums goes to memory.
+// A thread owns blocks of the gradient and takes the samples in groups. What it needs of a group it
+// packs for itself, grad_output in tiles of up to kMaxRows rows, activations in panels of kCols
+// columns, into scratch that stays in its caches: the operands are read from memory and nothing but
+// the sums is written. A sample's contribution exists only in registers.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -15,12 +15,6 @@
 #include "linear_tile.h"
 
 namespace gradstats::cpu::linear {
-
-// kNorms, kMoments: a contribution is the sum over a sample's positions. kSecond: every row is a
-// sample of its own (T = 1); the second moment is a matrix product of squares. kSum: no statistics.
-enum class Mode { kNorms, kMoments, kSecond, kSum };
-
-constexpr int64_t kL2Bytes = 384 << 10;  // of packed grad_output, leaving room for a panel
 
 // Part of a matrix; copies take the part that exists of a tile.
 template <typename T>
@@ -46,133 +40,143 @@ struct Place {
   }
 };
 
-template <typename In, Mode mode>
+template <typename In, bool kMoments>
 class Pass {
   using A = Acc<In>;
-  static constexpr bool kMoments = mode == Mode::kMoments, kSecond = mode == Mode::kSecond;
-  static constexpr bool kFlat = mode == Mode::kSum || kSecond;
   static constexpr Pack kPack = kPairs<In> ? Pack::kPair : Pack::kPlain;
-  using Squares = Packed<Pack::kSquare, In>;
+  static constexpr int64_t kWidth = kCols<A>;
 
  public:
   explicit Pass(const Problem<In>& problem)
       : p_(problem),
         grid_(problem.in, problem.out),
-        slots_(kFlat ? 0 : problem.samples),
-        partial_(grid_.units() * slots_, 0.0) {}
+        groups_(groups(problem.samples, problem.positions)),
+        partial_(grid_.units() * problem.samples, 0.0) {}
 
   void run() {
-    const auto all = groups(p_.samples, p_.positions, kFlat);
-    Packed<kPack, In> packed(p_, grid_);
-    Squares squares(p_, grid_);
-    for (size_t k = 0; k < all.size(); ++k) {
-      packed.fill(all[k]);
-      if constexpr (kSecond) squares.fill(all[k]);
-      const int64_t work = all[k].rows() * kMaxRows * p_.in / grid_.chunks;
-      const int64_t grain = std::max<int64_t>(1, kMinWork / std::max<int64_t>(1, work));
-      at::parallel_for(0, grid_.units(), grain, [&](int64_t begin, int64_t end) {
-        for (int64_t unit = begin; unit < end;) {
-          const int64_t chunk = unit / grid_.tiles, first = unit % grid_.tiles;
-          const int64_t last = std::min(grid_.tiles, first + end - unit);
-          block(all[k], k + 1 == all.size(), packed, squares, chunk, first, last);
-          unit += last - first;
-        }
-      });
-    }
+    const int64_t work = p_.samples * p_.positions * kMaxRows * p_.in / grid_.chunks;
+    const int64_t grain = std::max<int64_t>(1, kMinWork / std::max<int64_t>(1, work));
+    at::parallel_for(0, grid_.units(), grain, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t chunk = begin / grid_.tiles, first = begin % grid_.tiles;
+        // Chunks of the same rows go together: their grad_output is packed once.
+        const int64_t chunks = first > 0 ? 1 : std::max<int64_t>(1, (end - begin) / grid_.tiles);
+        const int64_t last = std::min(grid_.tiles, first + end - begin);
+        cut({first, last, grid_.panel(chunk), grid_.panel(chunk + chunks)});
+        begin += chunks * (last - first);
+      }
+    });
   }
 
   // Adds up what the tiles found, in fixed order.
   void sq_norms(A* out) const {
-    for (int64_t b = 0; b < slots_; ++b) {
+    for (int64_t b = 0; b < p_.samples; ++b) {
       double total = 0;
-      for (int64_t u = 0; u < grid_.units(); ++u) total += partial_[u * slots_ + b];
+      for (int64_t u = 0; u < grid_.units(); ++u) total += partial_[u * p_.samples + b];
       out[b] = static_cast<A>(total);
     }
   }
 
  private:
-  // Tiles [begin, end) of the rows, the panels of one chunk of columns.
-  void block(const Group& group, bool last, const Packed<kPack, In>& packed, const Squares& squares,
-             int64_t chunk, int64_t begin, int64_t end) {
-    const int64_t tile_bytes = packed.count() * kMaxRows * static_cast<int64_t>(sizeof(A));
-    const int64_t fit = std::max<int64_t>(1, kL2Bytes / (kSecond ? 2 * tile_bytes : tile_bytes));
-    const int64_t slab = at::ceil_div(end - begin, at::ceil_div(end - begin, fit));
-    for (int64_t at = begin; at < end; at += slab) {
-      for (int64_t panel = grid_.panel(chunk); panel < grid_.panel(chunk + 1); ++panel) {
-        for (int64_t tile = at; tile < std::min(end, at + slab); ++tile) {
-          double* partial = partial_.data() + (chunk * grid_.tiles + tile) * slots_ + group.seen;
-          with_rows(static_cast<int>(grid_.height(tile)), [&](auto rows) {
-            one<rows()>(group, last, packed, squares, tile, panel, partial);
-          });
+  struct Block {
+    int64_t begin, end, first, last;  // tiles [begin, end), panels [first, last)
+  };
+
+  // What a thread has packed of a group, and where it keeps sums that cannot be kept in dw.
+  struct Scratch {
+    std::vector<A> g, x, sums;
+    int64_t ld;
+  };
+
+  // Into blocks that fit into the caches, one after the other.
+  void cut(const Block& all) {
+    const int64_t bytes = groups_[0].rows() * kMaxRows * static_cast<int64_t>(sizeof(A));
+    const int64_t fit = std::max<int64_t>(1, slab_bytes() / bytes);
+    const int64_t tiles = all.end - all.begin, slab = at::ceil_div(tiles, at::ceil_div(tiles, fit));
+    for (int64_t tile = all.begin; tile < all.end; tile += slab) {
+      for (int64_t panel = all.first; panel < all.last; panel += kBlockPanels) {
+        run({tile, std::min(all.end, tile + slab), panel,
+             std::min(all.last, panel + kBlockPanels)});
+      }
+    }
+  }
+
+  void run(const Block& block) {
+    static thread_local Scratch scratch;  // kept from call to call
+    const int64_t height = grid_.row(block.end) - grid_.row(block.begin);
+    const int64_t count = groups_[0].rows();  // the first group is the largest
+    grow(scratch.g, count * height);
+    grow(scratch.x, count * kWidth);
+    scratch.ld = (block.last - block.first) * kWidth;
+    if (!in_place()) grow(scratch.sums, height * scratch.ld);
+    for (const Group& group : groups_) {
+      pack_tiles<kPack>(p_, grid_, group, block.begin, block.end, scratch.g.data());
+      for (int64_t panel = block.first; panel < block.last; ++panel) {
+        pack_columns<kPack>(p_, group, panel, scratch.x.data());
+        const int64_t tiles = block.end - block.begin, ahead = group.rows();
+        for (int64_t k = 0; k < tiles; ++k) {
+          if (panel + 1 < block.last) {
+            prefetch_columns(p_, group, panel + 1, ahead * k / tiles, ahead * (k + 1) / tiles);
+          }
+          const int64_t tile = block.begin + k;
+          with_rows(static_cast<int>(grid_.height(tile)),
+                    [&](auto rows) { one<rows()>(group, scratch, block, tile, panel); });
         }
       }
     }
   }
 
+  static void grow(std::vector<A>& v, int64_t size) {
+    if (static_cast<int64_t>(v.size()) < size) v.resize(size);
+  }
+
+  // Whether the groups before the last leave their sums in dw itself.
+  bool in_place() const { return std::is_same_v<In, A> && p_.dw != nullptr; }
+
   template <int rows>
-  void one(const Group& group, bool last, const Packed<kPack, In>& packed, const Squares& squares,
-           int64_t tile, int64_t panel, double* partial) {
-    constexpr int64_t kWidth = kCols<A>;
-    const bool first = group.begin == 0;
-    const int64_t row = grid_.row(tile), column = panel * kWidth, offset = row * p_.in + column;
+  void one(const Group& group, Scratch& scratch, const Block& block, int64_t tile, int64_t panel) {
+    const int64_t row = grid_.row(tile), column = panel * kWidth, offset = row * p_.ld + column;
     const int64_t height = std::min<int64_t>(rows, p_.out - row);
     const int64_t width = std::min(kWidth, p_.in - column);
-    const Place<In> dw{p_.dw + offset, p_.in, height, width};
-    const Place<A> so_far{p_.partial + offset, p_.in, height, width};
-    const Place<A> second{p_.m2 + offset, p_.in, height, width};
-    const A *g = packed.tile(tile), *x = packed.panel(panel);
+    const int64_t down = row - grid_.row(block.begin);
+    const Place<In> dw{p_.dw + offset, p_.ld, height, width};
+    const int64_t kept = down * scratch.ld + (panel - block.first) * kWidth;
+    Place<A> so_far{scratch.sums.data() + kept, scratch.ld, height, width};
+    if constexpr (std::is_same_v<In, A>) {
+      if (in_place()) so_far = dw;
+    }
+    const Place<A> second{p_.m2 + offset, p_.ld, height, width};
     alignas(64) A sum[rows * kWidth], m2[rows * kWidth];
-    if constexpr (kFlat) {
-      // A whole tile goes to its place at once.
-      const bool direct = height == rows && width == kWidth && !kSecond &&
-                          (!last || static_cast<void*>(p_.dw) == p_.partial);
-      if (!direct && !first) so_far.load(sum);
-      add_product<kPairs<In>, rows>(g, x, packed.count(), !first, direct ? so_far.data : sum,
-                                    direct ? p_.in : kWidth);
-      if constexpr (kSecond) {
-        if (!first) second.load(m2);
-        add_product<false, rows>(squares.tile(tile), squares.panel(panel), squares.count(), !first,
-                                 m2, kWidth);
-        if (last) centre<rows * kWidth>(sum, m2);
-        second.store(m2);
-      }
-      if (!direct) store(last, dw, so_far, sum);
+    if (group.begin == 0) {
+      zero<rows * kWidth>(sum);
+      if constexpr (kMoments) zero<rows * kWidth>(m2);
     } else {
-      if (first) {
-        std::fill_n(sum, rows * kWidth, A(0));
-        if constexpr (kMoments) std::fill_n(m2, rows * kWidth, A(0));
-      } else {
-        if (p_.dw != nullptr) so_far.load(sum);
-        if constexpr (kMoments) second.load(m2);
-      }
-      add_samples<kPairs<In>, kMoments, rows>(g, x, packed.per_sample(), group.samples, group.seen,
-                                              sum, m2, partial);
-      if (p_.dw != nullptr) store(last, dw, so_far, sum);
-      if constexpr (kMoments) second.store(m2);
+      so_far.load(sum);
+      if constexpr (kMoments) second.load(m2);
     }
-  }
-
-  static void store(bool last, const Place<In>& dw, const Place<A>& so_far, const A* sum) {
-    if (last) {
-      dw.store(sum);
-    } else {
+    const int64_t per_sample = words(kPack, group.positions);
+    const int64_t unit = grid_.chunk(panel) * grid_.tiles + tile;
+    add_samples<kPairs<In>, kMoments, rows>(
+        scratch.g.data() + group.samples * per_sample * down, scratch.x.data(), per_sample,
+        group.samples, group.seen, sum, m2, partial_.data() + unit * p_.samples + group.seen);
+    if (group.begin + group.rows() < p_.samples * p_.positions) {
       so_far.store(sum);
+    } else if (p_.dw != nullptr) {
+      dw.store(sum);
     }
+    if constexpr (kMoments) second.store(m2);
   }
 
-  // From the sum of squares to the sum of squared deviations. The subtraction loses at most about
-  // eps * (sum of squares): relative to the result that is eps * (1 + mean^2 / variance).
+  // As vectors: the compiler's choice for a fill of this size takes longer than a short sample.
   template <int size>
-  void centre(const A* sum, A* m2) const {
-    const A n = static_cast<A>(p_.samples);
-    for (int k = 0; k < size; ++k) {
-      m2[k] = p_.samples == 1 ? A(0) : std::max(A(0), m2[k] - sum[k] * (sum[k] / n));
-    }
+  static void zero(A* tile) {
+    using Vec = at::vec::Vectorized<A>;
+    for (int k = 0; k < size; k += Vec::size()) Vec(0).store(tile + k);
   }
 
   const Problem<In> p_;
   const Grid<A> grid_;
-  const int64_t slots_;
+  const std::vector<Group> groups_;
   std::vector<double> partial_;
 };
 

@@ -1,9 +1,10 @@
-// The weight gradient's operands, cut into groups of samples, tiles and panels, and packed.
+// How the weight gradient is cut into blocks, tiles and panels, and the packing of a block's
+// operands.
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/ceil_div.h>
+#include <unistd.h>
 
 #include <vector>
 
@@ -11,18 +12,29 @@
 
 namespace gradstats::cpu::linear {
 
-constexpr int64_t kGroup = 1024;       // positions of a group, unless one sample has more
+constexpr int64_t kGroup = 512;        // positions of a group, unless one sample has more
 constexpr int64_t kPackRows = 16;      // rows read side by side while they are packed
+constexpr int64_t kBlockPanels = 16;   // of one block
 constexpr int64_t kMinWork = 1 << 19;  // multiply-adds that are worth another thread
+
+// Of packed grad_output: half the L2 cache. How rows are cut does not change any sum.
+inline int64_t slab_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  constexpr int64_t l2 = 0;
+#endif
+  return std::clamp<int64_t>(l2 / 2, 256 << 10, 1 << 20);
+}
 
 template <typename In>
 struct Problem {
   Rows<In> x, g;
   int64_t samples, positions, in, out;
-  // (out, in). The sum of all groups goes to dw, which may be null where only norms are wanted; the
-  // groups before the last leave theirs in partial, which may be dw itself.
+  // (out, in), `ld` elements from row to row; dw may be null where it is not wanted.
   In* dw;
-  Acc<In>*partial, *m2;
+  Acc<In>* m2;
+  int64_t ld;
 };
 
 // How the gradient is cut. It depends on the shape alone, so sums do not depend on the threads.
@@ -41,6 +53,7 @@ struct Grid {
   int64_t row(int64_t tile) const { return 2 * (pairs * tile / tiles); }
   int64_t height(int64_t tile) const { return row(tile + 1) - row(tile); }
   int64_t panel(int64_t chunk) const { return panels * chunk / chunks; }
+  int64_t chunk(int64_t panel) const { return ((panel + 1) * chunks - 1) / panels; }
   int64_t units() const { return chunks * tiles; }
 };
 
@@ -49,75 +62,62 @@ struct Group {
   int64_t rows() const { return samples * positions; }
 };
 
-// Where every row is a sample of its own (`flat`), a group counts as one sample.
-inline std::vector<Group> groups(int64_t samples, int64_t positions, bool flat) {
+inline std::vector<Group> groups(int64_t samples, int64_t positions) {
   std::vector<Group> result;
-  const int64_t total = samples * positions;
-  const int64_t step = flat ? kGroup : std::max<int64_t>(1, kGroup / positions) * positions;
-  for (int64_t begin = 0; begin < total; begin += step) {
-    const int64_t rows = std::min(step, total - begin);
-    result.push_back(flat ? Group{begin, 1, rows, 0}
-                          : Group{begin, rows / positions, positions, begin / positions});
+  const int64_t step = std::max<int64_t>(1, kGroup / positions);
+  for (int64_t seen = 0; seen < samples; seen += step) {
+    result.push_back({seen * positions, std::min(step, samples - seen), positions, seen});
   }
   return result;
 }
 
-// The operands of one group, packed.
+// grad_output of one group for tiles [begin, end): tile by tile, word by word.
 template <Pack pack, typename In>
-class Packed {
-  using A = Acc<In>;
-
- public:
-  Packed(const Problem<In>& p, const Grid<A>& grid) : p_(p), grid_(grid) {}
-
-  // The first group must be the largest.
-  void fill(const Group& group) {
-    per_sample_ = words(pack, group.positions);
-    count_ = group.samples * per_sample_;
-    if (!x_.defined()) {
-      const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
-      x_ = at::empty({count_ * grid_.panels * kCols<A>}, options);
-      g_ = at::empty({count_ * grid_.pairs * 2}, options);
-    }
-    A *x = x_.template data_ptr<A>(), *g = g_.template data_ptr<A>();
-    const int64_t blocks = at::ceil_div(group.positions, kPackRows);
-    const int64_t grain = at::ceil_div<int64_t>(kMinWork / 8, kPackRows * (p_.in + p_.out));
-    at::parallel_for(0, group.samples * blocks, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t b = unit / blocks, t = unit % blocks * kPackRows;
-        const int64_t row = group.begin + b * group.positions + t;
-        const int64_t rows = std::min(kPackRows, group.positions - t);
-        const int64_t word = b * per_sample_ + words(pack, t);
-        const auto x_rows = p_.x.at(row), g_rows = p_.g.at(row);
-        for (int64_t k = 0; k < grid_.panels; ++k) {
-          const int64_t column = k * kCols<A>, width = std::min<int64_t>(kCols<A>, p_.in - column);
-          pack_panel<pack, kCols<A>, In, A>(x_rows.shifted(column), rows, width,
-                                            x + (k * count_ + word) * kCols<A>);
-        }
-        for (int64_t k = 0; k < grid_.tiles; ++k) {
-          const int64_t column = grid_.row(k), height = grid_.height(k);
-          const int64_t width = std::min(height, p_.out - column);
-          with_rows(static_cast<int>(height), [&](auto h) {
-            pack_panel<pack, h(), In, A>(g_rows.shifted(column), rows, width,
-                                         g + count_ * column + word * height);
-          });
-        }
+void pack_tiles(const Problem<In>& p, const Grid<Acc<In>>& grid, const Group& group, int64_t begin,
+                int64_t end, Acc<In>* to) {
+  const int64_t per_sample = words(pack, group.positions), count = group.samples * per_sample;
+  for (int64_t b = 0; b < group.samples; ++b) {
+    for (int64_t t = 0; t < group.positions; t += kPackRows) {
+      const auto rows = p.g.at(group.begin + b * group.positions + t);
+      const int64_t positions = std::min(kPackRows, group.positions - t);
+      const int64_t word = b * per_sample + words(pack, t);
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t column = grid.row(k), height = grid.height(k);
+        const int64_t width = std::min(height, p.out - column);
+        Acc<In>* tile = to + count * (column - grid.row(begin)) + word * height;
+        with_rows(static_cast<int>(height), [&](auto h) {
+          pack_panel<pack, h(), In, Acc<In>>(rows.shifted(column), positions, width, tile);
+        });
       }
-    });
+    }
   }
+}
 
-  const A* panel(int64_t k) const {
-    return x_.template const_data_ptr<A>() + k * count_ * kCols<A>;
+// Activations of one group, kCols columns of them.
+template <Pack pack, typename In>
+void pack_columns(const Problem<In>& p, const Group& group, int64_t panel, Acc<In>* to) {
+  constexpr int64_t kWidth = kCols<Acc<In>>;
+  const int64_t per_sample = words(pack, group.positions), column = panel * kWidth;
+  const int64_t width = std::min<int64_t>(kWidth, p.in - column);
+  for (int64_t b = 0; b < group.samples; ++b) {
+    const auto rows = p.x.at(group.begin + b * group.positions).shifted(column);
+    pack_panel<pack, kWidth, In, Acc<In>>(rows, group.positions, width,
+                                          to + b * per_sample * kWidth);
   }
-  const A* tile(int64_t k) const { return g_.template const_data_ptr<A>() + count_ * grid_.row(k); }
-  int64_t per_sample() const { return per_sample_; }
-  int64_t count() const { return count_; }
+}
 
- private:
-  const Problem<In>& p_;
-  const Grid<A>& grid_;
-  Tensor x_, g_;
-  int64_t per_sample_ = 0, count_ = 0;
-};
+// Asks for rows [begin, end) of the group's activations in a panel. Their rows lie pages apart,
+// where the hardware does not look ahead.
+template <typename In>
+void prefetch_columns(const Problem<In>& p, const Group& group, int64_t panel, int64_t begin,
+                      int64_t end) {
+  constexpr int64_t kWidth = kCols<Acc<In>>, kLine = 64 / sizeof(In);
+  const int64_t column = panel * kWidth, width = std::min<int64_t>(kWidth, p.in - column);
+  auto rows = p.x.at(group.begin + begin).shifted(column);
+  for (int64_t t = begin; t < end; ++t) {
+    for (int64_t c = 0; c < width; c += kLine) __builtin_prefetch(rows.row + c, 0, 2);
+    if (t + 1 < end) rows.advance();
+  }
+}
 
 }  // namespace gradstats::cpu::linear

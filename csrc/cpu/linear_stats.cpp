@@ -6,6 +6,7 @@
 #include "linear_bias.h"
 #include "linear_fused.h"
 #include "linear_gram.h"
+#include "linear_rank_one.h"
 
 namespace gradstats::cpu {
 namespace {
@@ -36,53 +37,29 @@ Path choose(int64_t positions, int64_t in, int64_t out, int64_t lanes, bool mome
 }
 
 template <typename In>
-void rank_one_norms(const Problem<In>& p, Acc<In>* sq_norm) {
-  const int64_t grain = at::ceil_div<int64_t>(1 << 16, p.in + p.out);
-  at::parallel_for(0, p.samples, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const double x = sum_squares(p.x.data + b * p.x.sample_stride, p.in);
-      sq_norm[b] = static_cast<Acc<In>>(x * sum_squares(p.g.data + b * p.g.sample_stride, p.out));
-    }
-  });
+void gram(const Problem<In>& p, Acc<In>* sq_norm) {
+  for (int64_t b : gram_norms(p.x, p.g, p.samples, p.positions, p.in, p.out, sq_norm)) {
+    Problem<In> one = p;
+    one.samples = 1;
+    one.x.data += b * p.x.sample_stride;
+    one.g.data += b * p.g.sample_stride;
+    one.dw = nullptr;
+    Pass<In, false> pass(one);
+    pass.run();
+    pass.sq_norms(sq_norm + b);
+  }
 }
 
-template <typename In>
-void weight_stats(const Problem<In>& p, bool moments, Acc<In>* sq_norm) {
-  switch (choose(p.positions, p.in, p.out, kCols<Acc<In>> / 2, moments)) {
-    case Path::kRankOne:
-      rank_one_norms(p, sq_norm);
-      if (moments) {
-        Pass<In, Mode::kSecond>(p).run();
-      } else {
-        Pass<In, Mode::kSum>(p).run();
-      }
-      return;
-    case Path::kGram: {
-      Pass<In, Mode::kSum>(p).run();
-      for (int64_t b : gram_norms(p.x, p.g, p.samples, p.positions, p.in, p.out, sq_norm)) {
-        Problem<In> one = p;
-        one.samples = 1;
-        one.x.data += b * p.x.sample_stride;
-        one.g.data += b * p.g.sample_stride;
-        one.dw = nullptr;
-        one.partial = nullptr;
-        Pass<In, Mode::kNorms> pass(one);
-        pass.run();
-        pass.sq_norms(sq_norm + b);
-      }
-      return;
-    }
-    case Path::kFused:
-      if (moments) {
-        Pass<In, Mode::kMoments> pass(p);
-        pass.run();
-        pass.sq_norms(sq_norm);
-      } else {
-        Pass<In, Mode::kNorms> pass(p);
-        pass.run();
-        pass.sq_norms(sq_norm);
-      }
-  }
+template <bool moments, typename In>
+void fused(const Problem<In>& p, Acc<In>* sq_norm) {
+  Pass<In, moments> pass(p);
+  pass.run();
+  pass.sq_norms(sq_norm);
+}
+
+// The gradient alone is the library's.
+void gradient(const Tensor& x, const Tensor& g, Tensor& dw) {
+  at::mm_out(dw, g.reshape({-1, g.size(2)}).t(), x.reshape({-1, x.size(2)}));
 }
 
 template <typename In>
@@ -106,9 +83,11 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
 
   const Tensor dense_g = with_dense_rows(g);
   const Rows<In> g_rows = rows_of<In>(dense_g);
+  const bool rank_one = positions == 1;
+  std::vector<double> g_norms;
+  if (rank_one && !nothing) g_norms = row_norms(g_rows, samples, out);
   if (weight && !no_weight) {
     const Tensor dense_x = with_dense_rows(x);
-    const Tensor partial = x.scalar_type() == wide.dtype() ? dw : at::empty({out, in}, wide);
     const Problem<In> problem{rows_of<In>(dense_x),
                               g_rows,
                               samples,
@@ -116,11 +95,33 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
                               in,
                               out,
                               dw.data_ptr<In>(),
-                              partial.data_ptr<A>(),
-                              moments ? w_m2.data_ptr<A>() : nullptr};
-    weight_stats(problem, moments, w_sq.data_ptr<A>());
+                              moments ? w_m2.data_ptr<A>() : nullptr,
+                              in};
+    A* sq_norm = w_sq.data_ptr<A>();
+    switch (choose(positions, in, out, kCols<A> / 2, moments)) {
+      case Path::kRankOne: {
+        const auto x_norms = row_norms(problem.x, samples, in);
+        for (int64_t b = 0; b < samples; ++b) sq_norm[b] = static_cast<A>(x_norms[b] * g_norms[b]);
+        if (moments) {
+          rank_one_moments(problem, dense_x.squeeze(1), dense_g.squeeze(1), dw, w_m2);
+        } else {
+          gradient(dense_x, dense_g, dw);
+        }
+        break;
+      }
+      case Path::kGram:
+        gram(problem, sq_norm);
+        gradient(dense_x, dense_g, dw);
+        break;
+      case Path::kFused:
+        moments ? fused<true>(problem, sq_norm) : fused<false>(problem, sq_norm);
+    }
   }
-  if (bias && !nothing) {
+  if (bias && !nothing && rank_one && !moments) {
+    at::sum_out(db, dense_g.squeeze(1), {0});
+    A* sq_norm = b_sq.data_ptr<A>();
+    for (int64_t b = 0; b < samples; ++b) sq_norm[b] = static_cast<A>(g_norms[b]);
+  } else if (bias && !nothing) {
     bias_stats(g_rows, samples, positions, out, db.data_ptr<In>(), b_sq.data_ptr<A>(),
                moments ? b_m2.data_ptr<A>() : nullptr);
   }

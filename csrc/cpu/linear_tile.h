@@ -37,8 +37,8 @@ template <typename In>
 constexpr bool kPairs = false;
 #endif
 
-// How positions are packed: one number each, its square, or two bfloat16 numbers in one word.
-enum class Pack { kPlain, kSquare, kPair };
+// How positions are packed: one number each, or two bfloat16 numbers in one word.
+enum class Pack { kPlain, kPair };
 constexpr int64_t words(Pack pack, int64_t positions) {
   return pack == Pack::kPair ? (positions + 1) / 2 : positions;
 }
@@ -81,8 +81,7 @@ A pack_one(const In* low, const In* high, int64_t c) {
     std::memcpy(&packed, &word, sizeof(packed));
     return packed;
   } else {
-    const A value = static_cast<A>(low[c]);
-    return pack == Pack::kSquare ? value * value : value;
+    return static_cast<A>(low[c]);
   }
 }
 
@@ -158,20 +157,6 @@ C10_ALWAYS_INLINE void blocked_product(const A* g, const A* x, int64_t count,
     });
     done += more;
   }
-}
-
-// sum (rows x columns, rows `ld` apart) becomes the product, or grows by it.
-template <bool pairs, int rows, typename A>
-void add_product(const A* g, const A* x, int64_t count, bool grow, A* sum, int64_t ld) {
-  using Vec = at::vec::Vectorized<A>;
-  Vec acc[rows][2];
-  blocked_product<pairs>(g, x, count, acc);
-  c10::ForcedUnroll<rows>{}([&](auto r) {
-    for (int v = 0; v < 2; ++v) {
-      A* s = sum + r * ld + v * Vec::size();
-      (grow ? acc[r][v] + Vec::loadu(s) : acc[r][v]).store(s);
-    }
-  });
 }
 
 // One tile of every sample's contribution G, in registers for a moment: its square is added to
