@@ -161,7 +161,7 @@ def norm_cases(device: str, dtype: torch.dtype, small: bool) -> Iterator[Case]:
 
 
 def multi_cases(device: str, shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
-    """Squared norms of GPT-2's gradients in one launch, over a copy of half their bytes.
+    """Squared norms and inner products of GPT-2's gradients in one launch, over a copy.
 
     A copy reads and writes: copying half of the data moves as many bytes as reading all of it.
     """
@@ -182,6 +182,27 @@ def multi_cases(device: str, shapes: Sequence[tuple[int, ...]]) -> Iterator[Case
             {"norms": lambda ts=tensors: ops.multi_sq_norm(ts),
              "torch._foreach_norm": lambda ts=tensors: torch._foreach_norm(ts)},
             {"norms": 1 / 0.85}, size, check=check, tolerance=FP32_TOLERANCE,
+        )  # fmt: skip
+        dot = getattr(backends.extension()[0], "multi_dot_cuda", None)
+        if dot is None or device != "cuda":
+            continue
+        others = [torch.randn_like(t) for t in tensors]
+
+        def check_dot(a: list[Tensor] = tensors, b: list[Tensor] = others, dot: Any = dot) -> float:
+            products = [p.double() * q.double() for p, q in zip(a, b, strict=True)]
+            true = torch.stack([p.sum() for p in products])
+            scale = torch.stack([p.abs().sum() for p in products])
+            return float(((dot(a, b).double() - true).abs() / scale).max())
+
+        both = torch.empty(size, dtype=torch.uint8, device=device)
+        into = torch.empty_like(both)
+        yield Case(
+            f"multi_dot {len(shapes)} tensors {str(kind).removeprefix('torch.')}",
+            ("copy", lambda s=both, t=into: t.copy_(s)),
+            {"dot": lambda a=tensors, b=others, dot=dot: dot(a, b),
+             "torch: products, sums": lambda a=tensors, b=others: [
+                 p.sum() for p in torch._foreach_mul(a, b)]},
+            {"dot": 1 / 0.85}, 2 * size, check=check_dot, tolerance=FP32_TOLERANCE,
         )  # fmt: skip
 
 
