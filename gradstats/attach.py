@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradstats import fallback
+from gradstats import backends, fallback
 from gradstats.errors import AttachError
 from gradstats.interpose import Interposer
 from gradstats.probes import ATTRIBUTE, CONSTANT, Mark, new_m2_leaf
 
 ENTRY = "_gradstats_entry"
+# Modules of these are one function: what holds them says as much about where it was called.
+_TRANSPARENT = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 
 
 def _entered_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -33,6 +35,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 def install(model: nn.Module, batch_dim: int, moments: bool, chunk_bytes: int) -> Interposer:
     """Attach to `model`. Raises AttachError where that cannot give right numbers."""
+    backends.forced()  # what the environment asks for must exist
     if not any(_entered(m) for m in model.modules()):
         _leave(model)  # what a copy of an attached model still carries
     aliases = _aliases(model)
@@ -50,6 +53,8 @@ def install(model: nn.Module, batch_dim: int, moments: bool, chunk_bytes: int) -
     for buffer in model.buffers():
         setattr(buffer, ATTRIBUTE, CONSTANT)
     for path, module in model.named_modules():
+        if type(module).__module__ in _TRANSPARENT and next(module.parameters(), None) is None:
+            continue
         own = module.__dict__.get("forward")
         object.__setattr__(module, ENTRY, (interposer, path, module.forward))
         object.__setattr__(module, "_gradstats_own_forward", own)

@@ -44,6 +44,8 @@ _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
 
 _forced: str | None = None
+_wanted = os.environ.get("GRADSTATS_BACKEND", "auto")  # as `forced` last saw it
+_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton looks at it on import, too
 
 
 @cache
@@ -69,16 +71,18 @@ def triton_available() -> tuple[bool, str]:
 
 def interpreting() -> bool:
     """Whether Triton kernels run on CPU tensors, under its interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _INTERPRETING
 
 
 def forced() -> str:
     """The backend asked for by name, or `auto`."""
+    global _wanted
     name = _forced if _forced is not None else os.environ.get("GRADSTATS_BACKEND", "auto")
     if name not in NAMES:
         raise InvalidArgumentError(
             f"backend {name!r} does not exist; GRADSTATS_BACKEND and use() take {', '.join(NAMES)}"
         )
+    _wanted = name
     return name
 
 
@@ -92,6 +96,7 @@ def use(name: Name) -> Iterator[None]:
         yield
     finally:
         _forced = before
+        forced()
 
 
 def refusal(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
@@ -141,14 +146,15 @@ def choose(op: str, device: str, dtype: torch.dtype) -> str:
 
 
 def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
-    """The function that runs `op` for tensors like this one."""
-    return _resolve(op, tensor.device.type, tensor.dtype, forced(), interpreting())
+    """The function that runs `op` for tensors like this one.
+
+    Goes by what `forced` last returned: the environment takes longer to read than a small layer.
+    """
+    return _resolve(op, tensor.device.type, tensor.dtype, _wanted)
 
 
 @cache
-def _resolve(
-    op: str, device: str, dtype: torch.dtype, wanted: str, interpreted: bool
-) -> Callable[..., Any]:
+def _resolve(op: str, device: str, dtype: torch.dtype, wanted: str) -> Callable[..., Any]:
     name = _choose(op, device, dtype, wanted)
     module: Any = extension()[0]
     if name == "triton":

@@ -30,6 +30,9 @@ class FallbackFailed(BaseException):
         self.frame, self.need, self.reason = frame, need, reason
 
 
+_SCALARS = (type(None), bool, int, float, str)
+
+
 def tensors_in(*values: object) -> list[Tensor]:
     """The tensors among arguments, and in tuples, lists and mappings among them."""
     found = []
@@ -38,7 +41,7 @@ def tensors_in(*values: object) -> list[Tensor]:
             found.append(value)
         elif isinstance(value, (tuple, list)):
             found += tensors_in(*value)
-        elif isinstance(value, Mapping):
+        elif type(value) not in _SCALARS and isinstance(value, (dict, Mapping)):
             found += tensors_in(*value.values())
     return found
 

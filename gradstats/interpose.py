@@ -324,11 +324,11 @@ class Interposer(TorchFunctionMode):
         return False
 
     def probe(self, tensor: Tensor | None) -> Probe:
-        mark = self.mark(tensor)
-        if mark is None or mark.name is None or tensor is None or not tensor.requires_grad:
+        if tensor is None or not tensor.requires_grad:
             return NO_PROBE
-        current = self.current
-        assert current is not None
+        mark = getattr(tensor, ATTRIBUTE, None)
+        if mark is None or mark.name is None:
+            return NO_PROBE
         return self.probe_of(mark.name, mark.m2)
 
     def probe_of(self, name: str, m2: Tensor | None) -> Probe:

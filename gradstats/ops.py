@@ -7,10 +7,12 @@ computes it at run time, so the ops exist even where nothing was compiled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradstats import backends
 from gradstats.reference import LinearStats, NormStats, stats_dtype
@@ -35,7 +37,7 @@ SCHEMAS = {
 _library = torch.library.Library("gradstats", "DEF")
 
 
-def _define(name: str) -> None:
+def _define(name: str) -> Callable[..., Any]:
     # Ids are integers: their ops compute on the next argument. A list op looks at its first.
     pick = {
         "embedding_stats": lambda a: a[1],
@@ -48,12 +50,29 @@ def _define(name: str) -> None:
 
     _library.define(f"{name}{SCHEMAS[name]}", tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, run, "CompositeExplicitAutograd")
+    op = getattr(torch.ops.gradstats, name)
+
+    def call(*args):  # type: ignore[no-untyped-def]
+        if torch.compiler.is_compiling() or type(pick(args)) not in _PLAIN or _watched():
+            return op(*args)
+        return run(*args)
+
+    return call
 
 
-for _name in SCHEMAS:
-    _define(_name)
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _watched() -> bool:
+    """Whether something between the caller and the kernels wants to see the op: a mode, functorch."""
+    return bool(
+        torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    )
+
 
 ops = torch.ops.gradstats
+# The same functions for eager callers: past the dispatcher, which takes longer than a small layer.
+call = SimpleNamespace(**{name: _define(name) for name in SCHEMAS})
 
 
 def _fake(name: str):  # type: ignore[no-untyped-def]

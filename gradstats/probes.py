@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +70,14 @@ NO_PROBE = Probe(None, None)
 
 def row_gradient(sq_norm: Tensor) -> Tensor:
     """The gradient of a row: the squared norms (B,) and the count of this delivery."""
-    return torch.cat((sq_norm, sq_norm.new_ones(1)))
+    if torch.compiler.is_compiling():
+        return torch.cat((sq_norm, sq_norm.new_ones(1)))
+    return torch.cat((sq_norm, _one(sq_norm.dtype, sq_norm.device)))
+
+
+@cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(1, dtype=dtype, device=device)
 
 
 def new_leaf(params: int, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gradstats.errors import BatchDimError
-from gradstats.ops import ops
+from gradstats.ops import call
 from gradstats.probes import Delivery
-from gradstats.stats import Coverage, GradStats
+from gradstats.stats import Coverage, GradStats, Scaled
 
 
 def group(deliveries: Sequence[Delivery]) -> list[tuple[int, Tensor]]:
@@ -35,7 +35,7 @@ def group(deliveries: Sequence[Delivery]) -> list[tuple[int, Tensor]]:
 
 
 def build(
-    names: Sequence[str],
+    names: tuple[str, ...],
     params: Sequence[Tensor],
     groups: Sequence[tuple[int, Tensor]],
     reasons: Mapping[str, str],
@@ -46,42 +46,50 @@ def build(
     """The record. `names` and `params` are all parameters in row order; `m2` their Σ(c_i − c̄)²."""
     n = sum(batch for batch, _ in groups)
     unit = 1.0 if summed_loss else float(n)  # g_i = unit · c_i
-    rows = groups[0][1] if len(groups) == 1 else None
-    delivered = torch.cat([r[:, :-1] for _, r in groups], 1) if rows is None else rows[:, :-1]
-    sq_norm = delivered * unit**2
-    received = tuple(p.requires_grad and p.grad is not None for p in params)
-    trainable = tuple(i for i, p in enumerate(params) if p.requires_grad)
-    if rows is None:
-        counts = torch.stack([r[:, -1] for _, r in groups], 1)
-        once = (counts <= 1).all(1) & (counts.sum(1) >= 1)
+    if len(groups) == 1:
+        rows = groups[0][1]
+        delivered, ok = rows[:, :-1], rows[:, -1] == 1
     else:
-        once = rows[:, -1] == 1
-    ok = once
+        delivered = torch.cat([r[:, :-1] for _, r in groups], 1)
+        counts = torch.stack([r[:, -1] for _, r in groups], 1)
+        ok = (counts <= 1).all(1) & (counts.sum(1) >= 1)
+    sq_norm = delivered * unit**2
+    trainable = tuple([p.requires_grad for p in params])
+    received = tuple([p.requires_grad and p.grad is not None for p in params])
     if not all(received):  # no gradient, no contribution: measured, as zero
         ok = ok | ~_on_device(received, sq_norm.device)
     if reasons:
         ok = ok & ~_on_device(tuple(name in reasons for name in names), sq_norm.device)
-    grad_sq = _grad_sq_norms(params, received, sq_norm) * (unit / max(n, 1)) ** 2
-    nothing = torch.where(ok.any(), 0.0, torch.nan)  # nothing measured: every total is NaN
-    total = torch.where(ok.unsqueeze(1), sq_norm, 0.0).sum(0) + nothing
+    grad_sq = _grad_sq_norms(params, received, sq_norm)
+    if unit != n:
+        grad_sq = grad_sq * (unit / max(n, 1)) ** 2
+    counted = ok.to(sq_norm.dtype)
+    counted = counted / counted.amax()  # nothing measured: 0/0, and every total is NaN
+    total = torch.mv(sq_norm.t(), counted)
     part: Any = slice(None)
-    if len(trainable) < len(names):
-        part = _indices(trainable, sq_norm.device)
+    if not all(trainable):
+        part = _indices(tuple([i for i, yes in enumerate(trainable) if yes]), sq_norm.device)
+    known, sizes = _trainable(names, trainable, tuple([p.numel() for p in params]))
     return GradStats(
         num_samples=n,
         num_groups=1,
         mean_sq_norm=total.sum() / max(n, 1),
-        grad_sq_norm=torch.where(ok, grad_sq, 0.0).sum() + nothing,
+        grad_sq_norm=torch.dot(grad_sq, counted),
         per_sample_sq_norm=total,
-        coverage=Coverage(
-            tuple(names[i] for i in trainable),
-            tuple(params[i].numel() for i in trainable),
-            ok[part],
-            reasons,
-        ),
-        grad_var={name: t.mul_(unit**2 / (n - 1)) for name, t in m2.items()} if n > 1 else {},
+        coverage=Coverage(known, sizes, ok[part], reasons),
+        grad_var=Scaled(m2, unit**2 / (n - 1)) if m2 and n > 1 else {},
         layer_sq_norm=sq_norm[part] if per_layer else None,
         layer_grad_sq_norm=grad_sq[part] if per_layer else None,
+    )
+
+
+@lru_cache(maxsize=64)
+def _trainable(
+    names: tuple[str, ...], trainable: tuple[bool, ...], sizes: tuple[int, ...]
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    return (
+        tuple(n for n, yes in zip(names, trainable, strict=True) if yes),
+        tuple(n for n, yes in zip(sizes, trainable, strict=True) if yes),
     )
 
 
@@ -100,7 +108,7 @@ def _grad_sq_norms(params: Sequence[Tensor], received: Sequence[bool], like: Ten
     grads = [p.grad for p, yes in zip(params, received, strict=True) if yes]
     if not grads:
         return like.new_zeros(len(params))
-    norms = ops.multi_sq_norm([g.to_dense() if g.is_sparse else g for g in grads]).to(like.dtype)  # type: ignore[union-attr]
+    norms = call.multi_sq_norm([g.to_dense() if g.is_sparse else g for g in grads]).to(like.dtype)  # type: ignore[union-attr]
     if all(received):
         return norms  # type: ignore[no-any-return]
     where = _indices(tuple(i for i, yes in enumerate(received) if yes), like.device)

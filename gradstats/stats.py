@@ -94,6 +94,28 @@ class Coverage:
         return {n: self.reasons.get(n, unseen) for n in self.names if n not in known}
 
 
+class Scaled(Mapping[str, Tensor]):
+    """Tensors by name that are multiplied by `factor` when they are first asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], factor: float) -> None:
+        self._tensors = dict(tensors)
+        self._factor = factor
+        self._scaled: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        if name not in self._scaled:
+            self._scaled.add(name)
+            tensor.mul_(self._factor)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 class _Layers(Mapping[str, LayerStats]):
     """Views into the record's vectors, made when they are asked for."""
 

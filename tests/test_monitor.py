@@ -216,7 +216,7 @@ EDGES = {
     "calls": {"probes"},
     "interpose": {"calls", "errors", "probes", "rules"},
     "fallback": {"calls", "interpose", "probes", "reference"},
-    "attach": {"errors", "fallback", "interpose", "probes"},
+    "attach": {"backends", "errors", "fallback", "interpose", "probes"},
     "record": {"errors", "ops", "probes", "stats"},
     "moments": {"interpose"},
     "monitor": {"advice", "attach", "errors", "estimators", "moments", "record", "stats"},

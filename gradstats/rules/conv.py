@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradstats.ops import ops
+from gradstats.ops import call
 from gradstats.probes import row_gradient
 from gradstats.rules import Use, rule
 from gradstats.rules.linear import autocast
@@ -40,12 +40,12 @@ class Conv(torch.autograd.Function):
             moments = needs[1] or needs[3]
             where = (weight.shape[2:], stride, padding, dilation, groups)
             if transposed:
-                dw, _, w_sq, _, w_m2, _ = ops.conv_stats(g, x, *where, needs_w, False, moments)
+                dw, _, w_sq, _, w_m2, _ = call.conv_stats(g, x, *where, needs_w, False, moments)
                 if needs_b:
                     flat = g.flatten(2).transpose(1, 2)
-                    _, db, _, b_sq, _, b_m2 = ops.linear_stats(flat, flat, False, True, moments)
+                    _, db, _, b_sq, _, b_m2 = call.linear_stats(flat, flat, False, True, moments)
             else:
-                dw, db, w_sq, b_sq, w_m2, b_m2 = ops.conv_stats(
+                dw, db, w_sq, b_sq, w_m2, b_m2 = call.conv_stats(
                     x, g, *where, needs_w, needs_b, moments
                 )
             row_w = row_gradient(w_sq) if needs[0] else None

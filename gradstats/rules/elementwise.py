@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradstats.ops import ops
+from gradstats.ops import call
 from gradstats.probes import Mark, row_gradient
 from gradstats.reference import stats_dtype, sum_stats
 from gradstats.rules import Use, rule
@@ -43,7 +43,7 @@ class Spread(torch.autograd.Function):
         else:
             total = c.sum(0, dtype=stats_dtype(c.dtype))
             each = c.reshape(batch, ids.numel(), -1)
-            _, sq_norm, m2 = ops.embedding_stats(
+            _, sq_norm, m2 = call.embedding_stats(
                 ids.reshape(1, -1).expand(batch, -1), each, *ctx.rows, moments
             )
         total = total.reshape(ctx.shape).to(ctx.dtype)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradstats.ops import ops
+from gradstats.ops import call
 from gradstats.probes import ATTRIBUTE, Mark, row_gradient
 from gradstats.rules import Use, rule
 
@@ -32,7 +32,7 @@ class Embedding(torch.autograd.Function):
         ids = ids.movedim(ctx.batch_dim, 0).reshape(batch, -1)
         each = g.movedim(ctx.batch_dim, 0).reshape(batch, ids.shape[1], g.shape[-1])
         moments = ctx.needs_input_grad[3]
-        dw, sq_norm, m2 = ops.embedding_stats(
+        dw, sq_norm, m2 = call.embedding_stats(
             ids, each, ctx.num_embeddings, ctx.padding_idx, moments
         )
         row = row_gradient(sq_norm) if ctx.needs_input_grad[2] else None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradstats.ops import ops
+from gradstats.ops import call
 from gradstats.probes import row_gradient
 from gradstats.rules import Use, rule
 
@@ -56,11 +56,11 @@ class Linear(torch.autograd.Function):
             flipped = ctx.transposed and needs_w
             left, right = (gs, xs) if flipped else (xs, gs)
             with_bias = needs_b and not flipped
-            dw, db, w_sq, b_sq, m2_w, m2_b = ops.linear_stats(
+            dw, db, w_sq, b_sq, m2_w, m2_b = call.linear_stats(
                 left, right, needs_w, with_bias, moments
             )
             if flipped and needs_b:  # the bias belongs to the output side, here the left one
-                _, db, _, b_sq, _, m2_b = ops.linear_stats(xs, gs, False, True, moments)
+                _, db, _, b_sq, _, m2_b = call.linear_stats(xs, gs, False, True, moments)
             row_w = row_gradient(w_sq) if needs_w else None
             row_b = row_gradient(b_sq) if needs_b else None
         needs = ctx.needs_input_grad

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradstats.ops import ops
+from gradstats.ops import call
 from gradstats.probes import row_gradient
 from gradstats.reference import stats_dtype
 from gradstats.rules import Use, rule
@@ -77,7 +77,7 @@ class LayerNorm(torch.autograd.Function):
         def rows(t: Tensor | None, *last: int) -> Tensor | None:
             return None if t is None else t.movedim(to, 0).reshape(batch, -1, *last)
 
-        dx, *rest = ops.layer_norm_stats(
+        dx, *rest = call.layer_norm_stats(
             rows(g, width), rows(x, width), rows(mean), rows(rstd),
             None if weight is None else weight.reshape(-1), *_flags(ctx),
         )  # fmt: skip
@@ -140,7 +140,7 @@ class GroupNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         x, weight, mean, rstd = ctx.saved_tensors
-        stats = ops.group_norm_stats(
+        stats = call.group_norm_stats(
             g.reshape(*g.shape[:2], -1), x.reshape(*x.shape[:2], -1), mean, rstd, weight,
             *_flags(ctx),
         )  # fmt: skip
