@@ -21,6 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gradstats.kernels import (
     _common,
@@ -35,7 +36,7 @@ from gradstats.kernels import (
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 INTEGERS = {torch.int32: "i32", torch.int64: "i64"}
-WATCHED = ("HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG", "STG", "BAR", "LDL", "STL")
+WATCHED = ("HGMMA", "HMMA", "FFMA", "UTMALDG", "LDGSTS", "LDG", "STG", "BAR", "LDL", "STL")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
@@ -87,6 +88,8 @@ def source(launch: Launch) -> ASTSource:
         value = launch.args[name]
         if name in constexprs or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
         elif isinstance(value, torch.Tensor):
             signature[name] = f"*{(TYPES | INTEGERS)[value.dtype]}"
             attrs[(index,)] = [["tt.divisibility", 16]]
@@ -133,6 +136,10 @@ def linear_cases(arch: int = 90) -> Iterator[tuple[str, Callable[[], Any]]]:
             x = x if moments else x.new_empty(8, 2 * c.block_t, 768)
             name += f" in {joined.splits * joined.parts}"
             yield name, lambda x=x, m=moments, c=joined: linear_stats.weight_stats(x, x, m, c)
+        if c.described and c.block_t == 64:  # inputs that no descriptor can describe
+            x, c = torch.empty(8, 64, 768, dtype=dtype, device="meta"), replace(c, described=False)
+            name = f"{name.split(' in ')[0]} pointers"
+            yield name, lambda x=x, m=moments, c=c: linear_stats.weight_stats(x, x, m, c)
 
 
 def norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:

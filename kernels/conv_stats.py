@@ -124,9 +124,10 @@ def _conv_kernel(
         x_tile = tl.load(x_first + s_off[:, None], mask=seen, other=0.0)
         acc = dot(g_tile, x_tile, acc)
         if s0 + BLOCK_S >= last_s:  # acc is this sample's G_b, or a part of it
+            total, spread = add_sample(acc, total, spread, done.to(tl.float32), MOMENTS)
+            # Last, as in linear_stats: fewer registers are taken.
             if WHOLE:
                 tl.store(slab + sample * num_tiles + tile, tl.sum(acc * acc))
-            total, spread = add_sample(acc, total, spread, done.to(tl.float32), MOMENTS)
             acc = tl.zeros((BLOCK_O, BLOCK_N), dtype=tl.float32)
 
     size = (num_tiles // (tiles_o * tiles_n) * len_o).to(tl.int64) * len_c * taps

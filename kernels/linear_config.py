@@ -26,11 +26,14 @@ class Config:
     num_stages: int
     splits: int = 1  # of the batch
     parts: int = 1  # of every sample's positions
+    described: bool = False  # loads through tensor descriptors, where the inputs' layout allows
 
 
 RANK_ONE = Config("rank_one", 0, 1024, 1, 4, 1)
 MAX_PARTS = 32
 JOINED = 4  # waves of partial sums at most: what bounds their memory
+# Of a multiprocessor and clock: products, 16-bit numbers from L2, bytes to or from HBM.
+MMA, FMA, L2, HBM = 2048, 128, 24, 20
 
 
 def _gram_is_cheaper(t: int, i: int, o: int, dtype: torch.dtype) -> bool:
@@ -50,34 +53,42 @@ def _fused_tile(t: int, small: bool, dtype: torch.dtype, moments: bool, arch: in
     if dtype == torch.float32:
         return Config("fused", 64, 64, 16 if t <= 16 else 32, 8, 3)
     block_t = min(max(next_power_of_2(t), 16), 64)
+    described = arch // 10 in (9, 10)
     if small:
-        return Config("fused", 64, 64, block_t, 4, 4)
+        return Config("fused", 64, 64, block_t, 4, 4, described=described)
     if moments and arch // 10 not in (9, 10):  # operands take registers too, where MMA reads them
         block_t = min(block_t, 32 if arch < 90 else 16)
-    return Config("fused", 128, 128, block_t, 8, 4)
+    return Config("fused", 128, 128, block_t, 8, 4, described=described)
 
 
 def plan(
-    c: Config, batch: int, t: int, tiles: int, moments: bool, num_sms: int = DEFAULT_SMS
-) -> tuple[float, Config]:
+    c: Config, batch: int, t: int, tiles: int, dtype: torch.dtype, moments: bool,
+    num_sms: int = DEFAULT_SMS,
+) -> tuple[float, Config]:  # fmt: skip
     """Splits of the batch, or parts of its samples where there are too few of them, and the cost:
-    waves of programs, each as long as its samples and as the joining of the partial sums.
+    clocks of all waves of programs, from the nominal rates of a Hopper GPU.
     """
-    # Storing and reading a tile through HBM, in loads of a sample from L2; with m2 it is two.
-    merge = 3 * max(c.block_o, c.block_i) / t
-    at_once = num_sms * (1 if c.block_o == 128 else 2)  # what the registers leave room for
-
-    wait = 30 / t  # joining takes one partial sum after the other
+    per_sm = 1 if c.block_o == 128 else 3 if c.described else 2  # that registers and memory hold
+    wide = dtype == torch.float32
+    room = JOINED * num_sms * per_sm
 
     def cost(choice: tuple[int, int]) -> float:
         splits, parts = choice
+        joins = splits * (batch if parts > 1 else 1) * parts  # partial sums of a tile
+        waves = cdiv(tiles * joins, num_sms * per_sm)
+        active = tiles * joins / waves / num_sms
+        length = cdiv(batch, splits) * t
         if parts > 1:
-            share = cdiv(cdiv(t, parts), c.block_t) * c.block_t / t
-            return cdiv(tiles * batch * parts, at_once) * (share + merge) + batch * parts * wait
-        joined = 0.0 if splits == 1 else merge * (1 + moments)
-        return cdiv(tiles * splits, at_once) * (cdiv(batch, splits) + joined) + splits * wait
+            length = cdiv(cdiv(t, parts), c.block_t) * c.block_t
+        products = max(active, 1) * c.block_o * c.block_i / (FMA if wide else MMA)
+        loads = active * (c.block_o + c.block_i) * (2 if wide else 1) / L2
+        clocks = length * max(products, loads, 5)
+        if joins > 1:  # stored and read once, with m2 twice
+            clocks += (
+                active * c.block_o * c.block_i * 8 / HBM * (2 if moments and parts == 1 else 1)
+            )
+        return waves * clocks + (joins * 500 if joins > 1 else 0)  # joined one after the other
 
-    room = JOINED * at_once
     choices = [(s, 1) for s in range(1, min(batch, max(room // tiles, 1)) + 1)]
     parts_at_most = min(cdiv(t, c.block_t), MAX_PARTS, room // (tiles * batch))
     choices += [(1, p) for p in range(2, parts_at_most + 1)]
@@ -95,10 +106,9 @@ def config(
         return RANK_ONE
     if not moments and _gram_is_cheaper(t, i, o, dtype):
         return _gram_tile(t, dtype)
-    # Either tile keeps L2 as busy on a full card: a wave of either takes as long.
     tiles = [_fused_tile(t, small, dtype, moments, arch) for small in (False, True)]
     plans = [
-        plan(c, batch, t, cdiv(o, c.block_o) * cdiv(i, c.block_i), moments, num_sms)
+        plan(c, batch, t, cdiv(o, c.block_o) * cdiv(i, c.block_i), dtype, moments, num_sms)
         for c in tiles[min(i, o) <= 64 :]
     ]
     return min(plans, key=lambda p: p[0])[1]
@@ -116,15 +126,17 @@ def conv_config(
     """
     few = next_power_of_2(c if dtype == torch.float32 else max(c, 4))  # 8 bytes at a time, or 4
     if not moments and _gram_is_cheaper(s, c * taps, o, dtype):
-        tile = _gram_tile(s, dtype)
+        tile = _gram_tile(16 if dtype == torch.float32 else s, dtype)
         return replace(tile, block_i=min(tile.block_i, max(few, 16))), 0
     plans = []
     for small in (False, True)[min(c, o) <= 64 :]:
-        tile = _fused_tile(s, small, dtype, moments, arch)
+        tile = replace(_fused_tile(s, small, dtype, moments, arch), described=False)
+        if dtype == torch.float32:  # operands and addresses share the registers
+            tile = replace(tile, block_t=16)
         channels = min(tile.block_i, few)
         columns = cdiv(taps, tile.block_i // channels) * cdiv(c, channels)
         tiles = groups * cdiv(o, tile.block_o) * columns
-        plans.append((*plan(tile, batch, s, tiles, moments, num_sms), channels))
+        plans.append((*plan(tile, batch, s, tiles, dtype, moments, num_sms), channels))
     _, tile, channels = min(plans, key=lambda p: p[0])
     return tile, channels
 

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gradstats.kernels import _common, sample_sums
 from gradstats.kernels._common import cdiv
@@ -28,12 +29,13 @@ def _fused_kernel(
     x, g, dw, m2, slab, batch, len_t, len_i, len_o, wide_i, wide_o, per_split, parts, per_part,
     x_b, x_t, x_i, g_b, g_t, g_o,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr, MOMENTS: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One tile of dW over the samples of one split, in order, or over a part of one sample.
 
     G_b = Σ_t g_bt x_btᵀ stays in registers for as long as it takes to square it:
     slab[b, tile] = Σ G_b², dw[split] = Σ_b G_b, and with MOMENTS its m2. Without WHOLE, dw[b, part].
+    DESCRIBED inputs are tensor descriptors: the copy engine computes addresses and fills tails.
     """
     num_tiles = tl.num_programs(0)
     tile = tl.program_id(0)
@@ -42,14 +44,15 @@ def _fused_kernel(
     tiles_i = tl.cdiv(len_i, BLOCK_I)
     # Neighbouring programs share rows of g and of x, so that both are found in L2.
     tile_o, tile_i = tl.swizzle2d(tile // tiles_i, tile % tiles_i, tiles_o, tiles_i, 8)
-    offs_o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    offs_i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
-    offs_t = tl.arange(0, BLOCK_T)
-    in_o = offs_o < wide_o  # the inputs may carry padding, the outputs do not
-    in_i = offs_i < wide_i
-    # 64-bit before the multiplication: B·T·I passes 2³¹ in ordinary training.
-    g_first = g + offs_o.to(tl.int64)[:, None] * g_o + offs_t.to(tl.int64)[None, :] * g_t
-    x_first = x + offs_t.to(tl.int64)[:, None] * x_t + offs_i.to(tl.int64)[None, :] * x_i
+    if not DESCRIBED:
+        offs_o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
+        offs_i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
+        offs_t = tl.arange(0, BLOCK_T)
+        in_go = offs_o < wide_o  # the inputs may carry padding, the outputs do not
+        in_xi = offs_i < wide_i
+        # 64-bit before the multiplication: B·T·I passes 2³¹ in ordinary training.
+        g_first = g + offs_o.to(tl.int64)[:, None] * g_o + offs_t.to(tl.int64)[None, :] * g_t
+        x_first = x + offs_t.to(tl.int64)[:, None] * x_t + offs_i.to(tl.int64)[None, :] * x_i
 
     first = split // parts * per_split
     last = tl.minimum(first + per_split, batch)
@@ -65,14 +68,23 @@ def _fused_kernel(
         done = step // blocks_t
         t = first_t + (step - done * blocks_t) * BLOCK_T
         sample = first.to(tl.int64) + done
-        rows = t.to(tl.int64)
-        in_t = offs_t < last_t - t
-        g_tile = tl.load(
-            g_first + (sample * g_b + rows * g_t), mask=in_o[:, None] & in_t[None, :], other=0.0
-        )
-        x_tile = tl.load(
-            x_first + (sample * x_b + rows * x_t), mask=in_t[:, None] & in_i[None, :], other=0.0
-        )
+        if DESCRIBED:
+            at = first + done
+            g_tile = g.load([at, t, tile_o * BLOCK_O]).reshape(BLOCK_T, BLOCK_O).T
+            x_tile = x.load([at, t, tile_i * BLOCK_I]).reshape(BLOCK_T, BLOCK_I)
+        else:
+            rows = t.to(tl.int64)
+            in_t = offs_t < last_t - t
+            g_tile = tl.load(
+                g_first + (sample * g_b + rows * g_t),
+                mask=in_go[:, None] & in_t[None, :],
+                other=0.0,
+            )
+            x_tile = tl.load(
+                x_first + (sample * x_b + rows * x_t),
+                mask=in_t[:, None] & in_xi[None, :],
+                other=0.0,
+            )
         acc = dot(g_tile, x_tile, acc)
         if t + BLOCK_T >= last_t:  # acc is this sample's G_b, or a part of it
             total, spread = add_sample(acc, total, spread, done.to(tl.float32), MOMENTS)
@@ -83,22 +95,36 @@ def _fused_kernel(
 
     corner = (split.to(tl.int64) * len_o + tile_o * BLOCK_O) * len_i + tile_i * BLOCK_I
     out = tl.arange(0, BLOCK_O)[:, None] * len_i + tl.arange(0, BLOCK_I)[None, :]
-    inside = (offs_o < len_o)[:, None] & (offs_i < len_i)[None, :]
+    in_o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O) < len_o
+    in_i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I) < len_i
+    inside = in_o[:, None] & in_i[None, :]
     tl.store(dw + corner + out, total.to(dw.dtype.element_ty), mask=inside)
     if MOMENTS:
         tl.store(m2 + corner + out, spread, mask=inside)
+
+
+def describable(t: Tensor) -> bool:
+    """Whether the copy engine can read (B, T, features): 16-bit rows in steps of 16 bytes."""
+    in_step = all(t.stride(d) > 0 and t.stride(d) % 8 == 0 for d in (0, 1))
+    return in_step and t.stride(2) == 1 and t.element_size() == 2 and t.data_ptr() % 16 == 0
 
 
 def _fused(x: Tensor, g: Tensor, moments: bool, c: Config) -> tuple[Tensor, Tensor, Tensor]:
     """dW, squared norms and m2 in one pass over the samples."""
     (batch, len_t, len_i), len_o = x.shape, g.shape[2]
     x, g = _common.loadable(x), _common.loadable(g)
+    described = c.described and describable(x) and describable(g)
+    given: tuple[Any, Any] = (x, g)
+    if described:
+        blocks = ((x, [1, c.block_t, c.block_i]), (g, [1, c.block_t, c.block_o]))
+        given = tuple(TensorDescriptor.from_tensor(t, block) for t, block in blocks)
 
     def first(outputs: dict[str, Any], grid: tuple[int, int]) -> None:
         args = {
-            "x": x, "g": g, "len_t": len_t, "len_i": len_i, "len_o": len_o, "wide_i": x.shape[2],
-            "wide_o": g.shape[2], "x_b": x.stride(0), "x_t": x.stride(1), "x_i": x.stride(2),
-            "g_b": g.stride(0), "g_t": g.stride(1), "g_o": g.stride(2),
+            "x": given[0], "g": given[1], "len_t": len_t, "len_i": len_i, "len_o": len_o,
+            "wide_i": x.shape[2], "wide_o": g.shape[2],
+            "x_b": x.stride(0), "x_t": x.stride(1), "x_i": x.stride(2),
+            "g_b": g.stride(0), "g_t": g.stride(1), "g_o": g.stride(2), "DESCRIBED": described,
             "BLOCK_O": c.block_o, "BLOCK_I": c.block_i, "BLOCK_T": c.block_t,
         }  # fmt: skip
         _common.launch(_fused_kernel, grid, {**args, **outputs}, c.num_warps, c.num_stages)
