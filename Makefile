@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 CLANG_FORMAT := $(BIN)/clang-format
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.cpp csrc/cuda/hopper/*.cuh)
-EMULATION := $(wildcard tests/cuda/*.h tests/cuda/*.cpp)
+EMULATION := $(wildcard tests/cuda/*.h tests/cuda/*.cpp tests/cuda/device/*.h tests/cuda/device/*.cpp tests/cuda/device/hopper/*.cuh)
 
 .PHONY: help setup demo test lint bench clean
 

@@ -17,15 +17,26 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent / "cuda"
+DEVICE = HERE / "device"
 CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 compiled = pytest.mark.skipif(shutil.which(CXX[0]) is None, reason="no C++ compiler was found")
 
 
-def run(source: Path, tmp_path: Path, include: Path = CUDA) -> subprocess.CompletedProcess[str]:
+def device_tree(where: Path) -> Path:
+    """The kernel's sources with the headers that hold PTX replaced by the emulation's."""
+    shutil.copytree(CUDA, where)
+    shutil.copytree(DEVICE, where, dirs_exist_ok=True)
+    return where
+
+
+def run(
+    source: Path, tmp_path: Path, include: Path = CUDA, flags: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     program = tmp_path / source.stem
     level = "-O2" if source.stem == "whole" else "-O1"  # it multiplies; the others compile sooner
-    build = [*CXX, "-std=c++20", level, "-Wall", "-Wextra", "-Werror", f"-I{include}", f"-I{HERE}"]
+    build = [*CXX, "-std=c++20", level, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+             f"-I{include}", f"-I{HERE}", *flags]  # fmt: skip
     made = subprocess.run(
         [*build, str(source), "-o", str(program)], capture_output=True, text=True, check=False
     )
@@ -53,6 +64,40 @@ MISTAKES = [
     ("moments", "moments.cuh", "m2 += m2_b + d * (d * weight)", "m2 += m2_b - d * (d * weight)"),
     ("whole", "fused.cuh", "(tile * groups + group)", "(tile * (groups - 1) + group)"),
 ]  # fmt: skip
+
+
+fibers = pytest.mark.skipif(sys.platform != "linux", reason="threads are fibers, by ucontext")
+
+
+@compiled
+@fibers
+def test_the_kernel_itself(tmp_path):
+    """csrc/cuda/hopper/pipeline.cuh and finish.cuh, every thread of every block."""
+    tree = device_tree(tmp_path / "tree")
+    result = run(tree / "kernel.cpp", tmp_path, include=tree)
+    assert result.stdout == "kernel ok\n", result.stdout
+
+
+KERNEL_MISTAKES = [
+    ("if (lane < Traits::kCluster) arrive_at", "if (lane < 1) arrive_at"),
+    ("wait_for(shared.empty + ring.stage, ring.writer_parity());", ""),
+    ("wait_for(shared.full + read.stage, read.reader_parity());", ""),
+    ("wgmma_wait_all(acc);\n        release();", "release();\n        wgmma_wait_all(acc);"),
+    ("if (me == 0) named_wait(turn(0), kTurnThreads);", ""),
+]
+
+
+@compiled
+@fibers
+@pytest.mark.parametrize(("right", "wrong"), KERNEL_MISTAKES, ids=range(len(KERNEL_MISTAKES)))
+def test_mistakes_in_the_kernel_are_noticed(right, wrong, tmp_path):
+    tree = device_tree(tmp_path / "tree")
+    path = tree / "hopper" / "pipeline.cuh"
+    text = path.read_text()
+    assert text.count(right) == 1, "the line has changed; change the mistake with it"
+    path.write_text(text.replace(right, wrong))
+    result = run(tree / "kernel.cpp", tmp_path, include=tree, flags=("-DONE_TILE",))
+    assert result.returncode != 0, "the mistake went unnoticed"
 
 
 @compiled

@@ -20,29 +20,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                  const __grid_constant__ Arguments args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ uint8_t base[];
-  const Shared<Traits> shared(base);
-  const int rank = Traits::kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
-  const int worker = blockIdx.x / Traits::kCluster;
-  if (threadIdx.x == 0) {
-    prefetch(x_map);
-    prefetch(g_map);
-    for (int i = 0; i < Traits::kStages; ++i) {
-      barrier_init(shared.full + i, 1);
-      barrier_init(shared.empty + i, Traits::kCluster * kConsumerWarps);
-    }
-    barrier_init_fence();
-  }
-  const auto everyone = [] { Traits::kCluster > 1 ? cluster_sync() : __syncthreads(); };
-  everyone();  // no barrier is used before it is there
-  if (threadIdx.x < kWarpgroup) {
-    shrink_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce(x_map, g_map, args, shared, worker, rank);
-    __syncwarp();  // the barrier below takes whole warps
-  } else {
-    grow_registers<kConsumerRegisters>();
-    consume<Traits, T>(args, shared, worker, rank);
-  }
-  everyone();  // nor is a block gone that another one still writes to
+  run_block<Traits, T>(x_map, g_map, args, base);
 #else
   __trap();  // compiled for another architecture: refusal() keeps such devices away
 #endif

@@ -48,7 +48,7 @@ struct Squares<__half> {
 };
 
 template <typename T>
-struct Traits {
+struct Vectors {
   static_assert(sizeof(T) == 4 || sizeof(T) == 2, "a 32-bit word must hold whole elements");
   static constexpr int kWidth = kVectorBytes / sizeof(T);
   static_assert(kWidth <= kWarp, "one element per thread must cover the head and the tail");
@@ -63,7 +63,7 @@ struct Traits {
 // 16-byte boundary and after the last one are read singly.
 template <typename T>
 __device__ float sum_squares(const T* data, int64_t size, int lane, int lanes) {
-  constexpr int kWidth = Traits<T>::kWidth;
+  constexpr int kWidth = Vectors<T>::kWidth;
   const int past = static_cast<int>(reinterpret_cast<uintptr_t>(data) % kVectorBytes / sizeof(T));
   const int64_t head = min(static_cast<int64_t>((kWidth - past) % kWidth), size);
   const int64_t vectors = (size - head) / kWidth;
@@ -79,9 +79,9 @@ __device__ float sum_squares(const T* data, int64_t size, int lane, int lanes) {
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) loaded[i] = __ldg(body + at + i * lanes);
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) sums[i] += Traits<T>::squares(loaded[i]);
+    for (int i = 0; i < kInFlight; ++i) sums[i] += Vectors<T>::squares(loaded[i]);
   }
-  for (; at < vectors; at += lanes) sums[0] += Traits<T>::squares(__ldg(body + at));
+  for (; at < vectors; at += lanes) sums[0] += Vectors<T>::squares(__ldg(body + at));
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../sum_squares.cuh"
+#include "barrier.cuh"
 #include "epilogue.cuh"
 #include "fused.cuh"
 #include "ring.cuh"
@@ -175,6 +176,35 @@ __device__ void consume(const Arguments& args, const Shared<Traits>& shared, int
   }
   flush();
   if (me == 0) named_wait(turn(0), kTurnThreads);  // the arrival that is left over
+}
+
+// All of a block; base: its dynamic shared memory.
+template <typename Traits, typename T>
+__device__ void run_block(const CUtensorMap& x_map, const CUtensorMap& g_map, const Arguments& args,
+                          uint8_t* base) {
+  const Shared<Traits> shared(base);
+  const int rank = Traits::kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
+  const int worker = blockIdx.x / Traits::kCluster;
+  if (threadIdx.x == 0) {
+    prefetch(x_map);
+    prefetch(g_map);
+    for (int i = 0; i < Traits::kStages; ++i) {
+      barrier_init(shared.full + i, 1);
+      barrier_init(shared.empty + i, Traits::kCluster * kConsumerWarps);
+    }
+    barrier_init_fence();
+  }
+  const auto everyone = [] { Traits::kCluster > 1 ? cluster_sync() : __syncthreads(); };
+  everyone();  // no barrier is used before it is there
+  if (threadIdx.x < kWarpgroup) {
+    shrink_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) produce(x_map, g_map, args, shared, worker, rank);
+    __syncwarp();  // the barrier below takes whole warps
+  } else {
+    grow_registers<kConsumerRegisters>();
+    consume<Traits, T>(args, shared, worker, rank);
+  }
+  everyone();  // nor is a block gone that another one still writes to
 }
 
 }  // namespace gradstats::cuda::hopper
