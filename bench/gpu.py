@@ -1,6 +1,6 @@
 """Everything that a CUDA machine has to show, in one script: build, check, time, report.
 
-    python bench/gpu.py [--only linear norm multi steps] [--no-build] [--json FILE]
+    python bench/gpu.py [--only linear norm conv ...] [--no-build] [--json FILE]
     python bench/gpu.py --dry-run      the checks alone, on small CPU tensors with the reference
 
 Builds the extension in place where there is nvcc (nothing is installed), compares every operation
@@ -23,6 +23,7 @@ from typing import Any
 
 import checkout
 import torch
+from gpu_gather import conv_cases, embedding_cases, tied_cases
 from gpu_ops import Case, chosen, linear_cases, multi_cases, norm_cases
 from gpu_steps import LIMITS, step_cases
 from models import WORKLOADS
@@ -30,7 +31,14 @@ from timing import Spread, environment, interleave, ratios, table
 
 from gradstats import backends
 
-GROUPS = ("linear", "norm", "multi", "steps")
+OPERATIONS = {
+    "linear": linear_cases,
+    "norm": norm_cases,
+    "embedding": embedding_cases,
+    "conv": conv_cases,
+    "tied": tied_cases,
+}
+GROUPS = (*OPERATIONS, "multi", "steps")
 HEAD = ("case", "variant", "µs", "ratio (quartiles)", "limit", "TFLOP/s", "GB/s", "error", "remark")
 
 
@@ -48,10 +56,9 @@ def build() -> str:
 
 def cases(only: list[str], models: list[str], device: str, small: bool) -> Iterator[Case]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    if "linear" in only:
-        yield from linear_cases(device, dtype, small)
-    if "norm" in only:
-        yield from norm_cases(device, dtype, small)
+    for name, of in OPERATIONS.items():
+        if name in only:
+            yield from of(device, dtype, small)
     if "multi" in only:
         model = WORKLOADS["gpt2-124m"].make(tiny=small).model
         yield from multi_cases(device, [tuple(p.shape) for p in model.parameters()])

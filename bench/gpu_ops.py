@@ -208,5 +208,6 @@ def multi_cases(device: str, shapes: Sequence[tuple[int, ...]]) -> Iterator[Case
 
 def chosen(device: str, dtype: torch.dtype) -> dict[str, str]:
     """The backend of every operation here."""
-    names = ("linear_stats", "layer_norm_stats", "multi_sq_norm")
+    names = ("linear_stats", "layer_norm_stats", "embedding_stats", "conv_stats", "tied_cross",
+             "multi_sq_norm")  # fmt: skip
     return {name: backends.choose(name, device, dtype) for name in names}

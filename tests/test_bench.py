@@ -30,5 +30,6 @@ def test_step_overhead(tmp_path: Path) -> None:
 
 
 def test_gpu_dry_run() -> None:
-    text = _run("gpu.py", "--dry-run", "--only", "linear", "norm", "multi")
+    operations = ("linear", "norm", "embedding", "conv", "tied", "multi")
+    text = _run("gpu.py", "--dry-run", "--only", *operations)
     assert text.endswith("dry run on the CPU: every check passed\n")
