@@ -78,6 +78,22 @@ GEOMETRIES = {
     "3d": {"x": (2, 3, 5, 6, 7), "out": 5, "kernel": (2, 3, 3), "padding": 1, "stride": 2},
     "one position": {"x": (6, 40, 3, 3), "out": 50, "kernel": (3, 3)},
     "few positions": {"x": (9, 60, 4, 4), "out": 70, "kernel": (3, 3), "padding": 1},
+    # 8 input channels or more and few positions are summed tap by tap, norms from inner products
+    # where that is cheaper: narrow outputs against wide ones.
+    "taps": {"x": (5, 13, 5, 7), "out": 35, "kernel": (3, 3), "padding": 1},
+    "taps strided": {"x": (4, 20, 7, 9), "out": 150, "kernel": (3, 2), "stride": 2, "padding": 1},
+    "taps dilated": {"x": (4, 9, 9, 8), "out": 17, "kernel": (3, 3), "dilation": 2, "padding": 2},
+    "taps grouped": {"x": (4, 26, 6, 5), "out": 22, "kernel": (3, 3), "padding": 1, "groups": 2},
+    "taps 3d": {"x": (3, 11, 3, 4, 5), "out": 19, "kernel": (2, 3, 3), "padding": 1, "stride": 2},
+    "taps 1x1 strided": {"x": (5, 70, 7, 5), "out": 90, "kernel": (1, 1), "stride": 3},
+    "Gram": {"x": (5, 150, 3, 2), "out": 161, "kernel": (3, 3), "padding": 1},
+    "Gram strided": {"x": (5, 140, 5, 4), "out": 190, "kernel": (3, 4), "stride": 2, "padding": 1},
+    "Gram dilated": {"x": (4, 230, 3, 5), "out": 140, "kernel": (3, 3), "stride": 2, "padding": 3,
+                     "dilation": 3},
+    "Gram grouped": {"x": (4, 280, 2, 2), "out": 360, "kernel": (3, 3), "padding": 1, "groups": 2},
+    "Gram 3d": {"x": (3, 120, 1, 2, 2), "out": 140, "kernel": (2, 3, 3), "padding": 1, "stride": 2},
+    "outside": {"x": (6, 90, 1, 1), "out": 100, "kernel": (3, 3), "padding": 1},
+    "far outside": {"x": (3, 90, 2, 2), "out": 100, "kernel": (2, 2), "padding": 4, "stride": 5},
     "two blocks": {"x": (2, 3, 40, 40), "out": 34, "kernel": (3, 3), "padding": 1},
     "one sample": {"x": (1, 3, 9, 9), "out": 70, "kernel": (3, 3)},
     "no samples": {"x": (0, 3, 9, 9), "out": 7, "kernel": (3, 3)},
@@ -113,9 +129,9 @@ def test_memory_formats_and_strides(geometry: dict[str, Any]) -> None:
         check((xv, gv, *rest), True, True, True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
-    st.integers(0, 5), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5),
+    st.integers(0, 5), st.integers(1, 3), st.integers(1, 11), st.integers(1, 40),
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=3),
     st.integers(1, 3), st.integers(0, 2), st.integers(1, 2), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
@@ -135,6 +151,46 @@ def test_gives_what_was_asked_for(flags: tuple[int, ...]) -> None:
     check(case(**GEOMETRIES["2d"]), *(bool(f) for f in flags))
 
 
+@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize("width", [40, 320])
+def test_positions_that_cancel(width: int, moments: bool) -> None:
+    """Where the positions of a sample cancel, its norm comes from the gradient itself."""
+    x, g, *rest = case((20, width, 2, 2), width, (1, 1))
+    x = x[:, :, :1, :1] * (1 + 2**-6 * torch.arange(4.0).view(2, 2))
+    g[::2, :, 1] = -g[::2, :, 0]
+    g[1::2, :, 1] = 1e-3 - g[1::2, :, 0]
+    check((x, g, *rest), True, False, moments)
+
+
+@pytest.mark.parametrize("moments", [False, True])
+def test_samples_in_several_chunks(moments: bool) -> None:
+    """More samples than are packed at once, the last chunk not full."""
+    check(case((80, 500, 4, 3), 300, (2, 2)), True, False, moments)
+    check(case((400, 70, 5, 5), 90, (1, 1), stride=2), True, True, moments)
+
+
+@pytest.mark.parametrize("name", ["taps", "taps grouped", "Gram", "Gram strided", "outside"])
+@pytest.mark.parametrize("moments", [False, True])
+def test_unset_memory_is_not_read(name: str, moments: bool) -> None:
+    """Every buffer is written before it is read, padding included."""
+    args = case(**GEOMETRIES[name])
+    want = C.conv_stats(*args, True, False, moments)
+    weight = want[0].numel()
+    for elements in (64, args[0].numel(), args[1].numel(), weight, weight // 2, 1 << 16):
+        poison = [torch.full((elements,), torch.nan) for _ in range(8)]
+        del poison
+        for a, b in zip(C.conv_stats(*args, True, False, moments), want, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_not_a_number_is_not_hidden() -> None:
+    x, g, *rest = case(**GEOMETRIES["Gram"])
+    g[2, 5, 1, 1] = torch.nan
+    for moments in (False, True):
+        sq = C.conv_stats(x, g, *rest, True, False, moments)[2]
+        assert sq.isnan().tolist() == [False, False, True, False, False]
+
+
 def test_nearly_identical_samples() -> None:
     x, g, *rest = case((1, 4, 8, 8), 6, (3, 3), padding=1)
     torch.manual_seed(0)
@@ -152,7 +208,7 @@ def test_long_sums_of_one_sign_stay_exact() -> None:
     check((x.abs() + 1, g.abs() + 1, *rest), True, True, True)
 
 
-@pytest.mark.parametrize("name", ["2d", "few positions", "depthwise", "two blocks"])
+@pytest.mark.parametrize("name", ["2d", "few positions", "depthwise", "taps", "Gram"])
 def test_bit_reproducible(name: str) -> None:
     args = case(**GEOMETRIES[name])
     for moments in (True, False):
@@ -167,7 +223,7 @@ def test_thread_counts_agree() -> None:
     try:
         for count in (1, 3, 8):  # more threads than samples: the panels are shared out
             torch.set_num_threads(count)
-            for name in ("2d", "grouped", "depthwise", "few positions", "one sample"):
+            for name in ("2d", "grouped", "depthwise", "taps", "Gram", "one sample"):
                 check(case(**GEOMETRIES[name]), True, True, True)
     finally:
         torch.set_num_threads(threads)

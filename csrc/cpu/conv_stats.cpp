@@ -2,65 +2,16 @@
 // registers from its activation packed in cache, and squared and added there before it is gone.
 #include <ATen/Parallel.h>
 
-#include "../checks.h"
 #include "../ops.h"
+#include "conv_check.h"
 #include "conv_samples.h"
+#include "conv_tap_stats.h"
 #include "sample_stats.h"
 
 namespace gradstats::cpu {
 namespace {
 
-using conv::Dims;
 using conv::Plan;
-
-Dims dims_of(const char* name, IntArrayRef values, int64_t spatial, int64_t fill) {
-  TORCH_CHECK(static_cast<int64_t>(values.size()) == spatial, "conv_stats: ", name, " must have ",
-              spatial, " entries (one per spatial dimension of x), got ", values);
-  Dims dims{fill, fill, fill};
-  std::copy(values.begin(), values.end(), dims.end() - spatial);
-  return dims;
-}
-
-conv::Geometry check(const Tensor& x, const Tensor& g, IntArrayRef kernel_size, IntArrayRef stride,
-                     IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  GRADSTATS_CHECK_CPU("conv_stats", x);
-  GRADSTATS_CHECK_CPU("conv_stats", g);
-  GRADSTATS_CHECK_DTYPE("conv_stats", x);
-  const int64_t spatial = x.dim() - 2;
-  TORCH_CHECK(spatial >= 1 && spatial <= 3,
-              "conv_stats: x must be (B, I, *spatial) with 1 to 3 spatial dimensions, got ",
-              x.sizes());
-  TORCH_CHECK(g.dim() == x.dim() && g.size(0) == x.size(0),
-              "conv_stats: g must be (B, O, *out) as ", "x is ", x.sizes(), ", got ", g.sizes());
-  TORCH_CHECK(g.scalar_type() == x.scalar_type(), "conv_stats: g must have the dtype of x, ",
-              x.scalar_type(), ", got ", g.scalar_type());
-  conv::Geometry geo{dims_of("spatial", x.sizes().slice(2), spatial, 1),
-                     dims_of("out", g.sizes().slice(2), spatial, 1),
-                     dims_of("kernel_size", kernel_size, spatial, 1),
-                     dims_of("stride", stride, spatial, 1),
-                     dims_of("padding", padding, spatial, 0),
-                     dims_of("dilation", dilation, spatial, 1),
-                     x.size(0),
-                     x.size(1),
-                     g.size(1),
-                     groups};
-  TORCH_CHECK(groups >= 1 && geo.in_channels % groups == 0 && geo.out_channels % groups == 0,
-              "conv_stats: groups must divide the channels of x ", x.sizes(), " and g ", g.sizes(),
-              ", got ", groups);
-  for (int d = 0; d < 3; ++d) {
-    TORCH_CHECK(
-        geo.kernel[d] >= 1 && geo.stride[d] >= 1 && geo.dilation[d] >= 1 && geo.padding[d] >= 0,
-        "conv_stats: kernel_size, stride and dilation must be positive, padding not ",
-        "negative, got ", kernel_size, ", ", stride, ", ", dilation, ", ", padding);
-    const int64_t reach = geo.dilation[d] * (geo.kernel[d] - 1) + 1;
-    const int64_t room = geo.in[d] + 2 * geo.padding[d] - reach;
-    TORCH_CHECK(room >= 0 && geo.out[d] == room / geo.stride[d] + 1, "conv_stats: g has shape ",
-                g.sizes(), ", which no convolution of x ", x.sizes(), " with kernel_size ",
-                kernel_size, ", stride ", stride, ", padding ", padding, ", dilation ", dilation,
-                " has");
-  }
-  return geo;
-}
 
 // The work is cut into parts of the samples, each with sums of its own, and where those are too few
 // for the threads, or their sums too large for the caches, into shares of the panels as well.
@@ -114,6 +65,7 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor> weight_stats(const conv::Geometry& geo, const Tensor& x,
                                                 const Tensor& g, IntArrayRef kernel_size,
                                                 bool moments) {
+  if (conv::by_taps<T>(geo)) return conv::tap_stats<T>(geo, x, g, kernel_size, moments);
   constexpr int64_t kLanes = at::vec::Vectorized<T>::size();
   const bool narrow = geo.out_channels / (geo.groups == geo.in_channels ? 1 : geo.groups) <= kLanes;
   const Plan plan(geo, narrow ? kLanes : 2 * kLanes, conv::kMaxRows);
@@ -155,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_stats(const Tensor& c, bool moments, at:
 LinearStats conv_stats(const Tensor& x, const Tensor& g, IntArrayRef kernel_size,
                        IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                        int64_t groups, bool weight, bool bias, bool moments) {
-  const conv::Geometry geo = check(x, g, kernel_size, stride, padding, dilation, groups);
+  const conv::Geometry geo = conv::check(x, g, kernel_size, stride, padding, dilation, groups);
   const auto wide = stats_dtype(x.scalar_type());
   // What is not wanted is empty; results of an operation must not share memory, not even none.
   const auto none = [&](at::ScalarType dtype) { return at::empty({0}, x.options().dtype(dtype)); };
@@ -170,6 +122,7 @@ LinearStats conv_stats(const Tensor& x, const Tensor& g, IntArrayRef kernel_size
       xw = xw.repeat_interleave(geo.out_channels / groups, 1);
       cut.in_channels = cut.groups = geo.out_channels;
     }
+    conv::cut_stride(cut, xw);
     std::tie(dw, w_sq, w_m2) = wide == at::kDouble
                                    ? weight_stats<double>(cut, xw, gw, kernel_size, moments)
                                    : weight_stats<float>(cut, xw, gw, kernel_size, moments);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "conv_pack.h"
 #include "conv_plan.h"
 
 namespace gradstats::cpu::conv {
@@ -16,46 +17,6 @@ constexpr int kMaxRows = 12;
 #else
 constexpr int kMaxRows = 6;
 #endif
-
-// dst[p * ld + c] = src[c * channel_stride + p * position_stride]
-template <typename T>
-void pack(const T* src, int64_t channel_stride, int64_t position_stride, int64_t channels,
-          int64_t positions, T* dst, int64_t ld) {
-  if (position_stride == 1) {
-    int64_t c = 0;
-#if defined(CPU_CAPABILITY_AVX2)
-    if constexpr (std::is_same_v<T, float>) {
-      const int64_t whole = positions / 8 * 8;
-      for (; c + 8 <= channels; c += 8) {
-        const T* from = src + c * channel_stride;
-        for (int64_t p = 0; p < whole; p += 8) {
-          at::vec::transpose_mxn<float, 8, 8>(from + p, channel_stride, dst + p * ld + c, ld);
-        }
-        at::vec::transpose_mxn<T>(from + whole, channel_stride, dst + whole * ld + c, ld, 8,
-                                  static_cast<int>(positions - whole));
-      }
-    }
-#endif
-    constexpr int64_t kSide = 16;
-    for (int64_t p = 0; p < positions; p += kSide) {
-      for (int64_t k = c; k < channels; k += kSide) {
-        at::vec::transpose_mxn<T>(src + k * channel_stride + p, channel_stride, dst + p * ld + k,
-                                  ld, static_cast<int>(std::min(kSide, channels - k)),
-                                  static_cast<int>(std::min(kSide, positions - p)));
-      }
-    }
-  } else if (channel_stride == 1) {
-    for (int64_t p = 0; p < positions; ++p) {
-      std::copy_n(src + p * position_stride, channels, dst + p * ld);
-    }
-  } else {
-    for (int64_t p = 0; p < positions; ++p) {
-      for (int64_t c = 0; c < channels; ++c) {
-        dst[p * ld + c] = src[c * channel_stride + p * position_stride];
-      }
-    }
-  }
-}
 
 // tile (Rows, NV vectors) = or += Σ over the positions of x (Rows) ⊗ g (NV vectors);
 // depthwise, where both have the channels as lanes: Σ x (Rows, NV vectors) ∘ g (NV vectors).
