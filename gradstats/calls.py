@@ -54,11 +54,6 @@ def within(name: str, path: str) -> bool:
     return path == "" or name.startswith(path + ".")
 
 
-def writes_into(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-
-
 def function_name(func: Any) -> str:
     name = getattr(func, "__name__", repr(func))
     return name if name != "__get__" else getattr(func.__self__, "__name__", name)

@@ -31,7 +31,6 @@ from gradstats.calls import (
     restore_random_state,
     tensors_in,
     within,
-    writes_into,
 )
 from gradstats.errors import BatchDimError, UnsupportedLayerError
 from gradstats.probes import (
@@ -42,8 +41,10 @@ from gradstats.probes import (
     Frame,
     Ledger,
     Mark,
+    Part,
     Pass,
     Probe,
+    UseOf,
     new_leaf,
 )
 from gradstats.rules import RULES
@@ -199,7 +200,9 @@ class Interposer(TorchFunctionMode):
                 self.stack.pop()
             # What an interrupted try had drawn and counted is undone.
             restore_random_state(state)
-            current.uses = {n: used for n, used in current.uses.items() if frame not in used}
+            kept = {n: tuple(u for u in used if frame not in u.frames)
+                    for n, used in current.uses.items()}  # fmt: skip
+            current.uses = {n: used for n, used in kept.items() if used}
 
     def _adopt(self, alias: str, param: Tensor) -> None:
         """A parameter is known by where it sits: a new object in an old place is the same one."""
@@ -287,11 +290,15 @@ class Interposer(TorchFunctionMode):
                     self._fall_back_or_note(mark.name, reason, ())
         if constant and isinstance(out, Tensor) and not out.requires_grad:
             setattr(out, ATTRIBUTE, CONSTANT)  # made from nothing that a sample went into
-        elif args and getattr(args[0], ATTRIBUTE, None) is CONSTANT and writes_into(func):
+        elif (
+            args
+            and (out is None or out is args[0])
+            and getattr(args[0], ATTRIBUTE, None) is CONSTANT
+        ):
             delattr(args[0], ATTRIBUTE)  # a sample was written into it
         return out
 
-    def _fall_back_or_note(self, name: str, reason: str, earlier: tuple[Frame, ...]) -> None:
+    def _fall_back_or_note(self, name: str, reason: str, earlier: tuple[UseOf, ...]) -> None:
         """Ask for the fallback around the smallest module with every use, else note the gap."""
         if not torch.is_grad_enabled() or name in self.uncovered:
             return
@@ -301,7 +308,7 @@ class Interposer(TorchFunctionMode):
             return
         for frame in reversed(self.stack):
             owned = any(within(alias, frame.path) for alias in self.aliases[name])
-            if owned and (not earlier or frame in earlier):
+            if owned and all(frame in use.frames for use in earlier):
                 need = NeedsFallback(frame, name, reason)
                 if frame.path not in self.settled:
                     raise need
@@ -329,18 +336,22 @@ class Interposer(TorchFunctionMode):
         mark = getattr(tensor, ATTRIBUTE, None)
         if mark is None or mark.name is None:
             return NO_PROBE
-        return self.probe_of(mark.name, mark.m2)
+        return self.probe_of(mark.name, mark.m2, mark.part)
 
-    def probe_of(self, name: str, m2: Tensor | None) -> Probe:
-        """The probe of a parameter by name; counts as a use of it."""
+    def probe_of(self, name: str, m2: Tensor | None, part: Part | None = None) -> Probe:
+        """The probe of a parameter by name, or of a part of it; counts as a use of that."""
         current = self.current
         assert current is not None
+        earlier = current.uses.get(name, ())
+        row = current.rows[self.index[name]]
         if not current.recomputing:
-            earlier = current.uses.get(name)
-            if earlier is not None:
+            if any(use.overlaps(part) for use in earlier):
                 self._fall_back_or_note(name, "it is used more than once in a forward", earlier)
-            current.uses[name] = tuple(self.stack)
-        return Probe(current.rows[self.index[name]], m2)
+            current.uses[name] = (*earlier, UseOf(tuple(self.stack), part))
+        if part is not None and part[1] > 0:
+            # The norms of parts add up; what is counted is the delivery of the first.
+            row = torch.cat((row[:-1], row.new_zeros(1)))
+        return Probe(row, m2)
 
     def is_batched(self, tensor: Tensor) -> bool:
         return tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == self.batch

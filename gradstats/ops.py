@@ -65,9 +65,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 def _watched() -> bool:
     """Whether something between the caller and the kernels wants to see the op: a mode, functorch."""
-    return bool(
-        torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
-    )
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 
 
 ops = torch.ops.gradstats

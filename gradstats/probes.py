@@ -23,15 +23,20 @@ from torch import Tensor
 ATTRIBUTE = "_gradstats"
 
 
+Part = tuple[int, int, int]
+
+
 class Mark:
     """What is known of a tensor that no sample is in: kept in its attribute `_gradstats`.
 
     `name` is the parameter that it is (or a view of), None for a constant. `m2` is the probe of that
     parameter's second moment, seen through the same views. `ids` are the rows that were looked up,
-    where the tensor is the result of an embedding without a batch dimension.
+    where the tensor is the result of an embedding without a batch dimension. `part` is the
+    (dimension, begin, end) of the parameter that it lies in, where it is not all of it: parts that
+    do not overlap have no cross terms.
     """
 
-    __slots__ = ("ids", "m2", "name", "num_embeddings", "padding_idx")
+    __slots__ = ("ids", "m2", "name", "num_embeddings", "padding_idx", "part")
 
     def __init__(
         self,
@@ -40,12 +45,14 @@ class Mark:
         ids: Tensor | None = None,
         num_embeddings: int = 0,
         padding_idx: int = -1,
+        part: Part | None = None,
     ) -> None:
         self.name = name
         self.m2 = m2
         self.ids = ids
         self.num_embeddings = num_embeddings
         self.padding_idx = padding_idx
+        self.part = part
 
     def __reduce__(self) -> Any:
         return (_nothing, ())  # a pickled parameter comes back as any other
@@ -66,6 +73,18 @@ class Probe(NamedTuple):
 
 
 NO_PROBE = Probe(None, None)
+
+
+class UseOf(NamedTuple):
+    """One use of a parameter in a forward pass: the frames that were open, the part of it."""
+
+    frames: tuple[Frame, ...]
+    part: Part | None
+
+    def overlaps(self, part: Part | None) -> bool:
+        if self.part is None or part is None or self.part[0] != part[0]:
+            return True
+        return self.part[1] < part[2] and part[1] < self.part[2]
 
 
 def row_gradient(sq_norm: Tensor) -> Tensor:
@@ -107,7 +126,7 @@ class Pass:
         self.rows = leaf.unbind(0)
         self.recomputing = recomputing  # a checkpoint runs part of it again, in the backward
         self.skipped = False  # part of it ran without gradients, as in a reentrant checkpoint
-        self.uses: dict[str, tuple[Frame, ...]] = {}  # the frames open at the first use
+        self.uses: dict[str, tuple[UseOf, ...]] = {}
         self.inputs: tuple[Tensor, ...] = ()
         self.square = False  # an input has as many positions as there are samples
 

@@ -141,6 +141,109 @@ class BilinearModel(nn.Module):
         return self.head(self.inner(x, torch.tanh(x)))
 
 
+class CrossAttention(nn.Module):
+    """Queries of one sequence, keys and values of another: the packed projection is cut in two."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.inner, self.head = nn.MultiheadAttention(6, 2, **options), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)  # the module's own order is sequence first
+        memory = torch.tanh(x[:4])
+        causal = torch.ones(len(x), 4, dtype=torch.bool).triu(2)
+        out, shares = self.inner(x, memory, memory, attn_mask=causal)
+        return self.head(out.transpose(0, 1)) + shares.mean((1, 2))[:, None, None]
+
+
+class ThreeInputs(nn.Module):
+    """Query, key and value all differ; keys and values may have widths of their own."""
+
+    def __init__(self, wide: bool) -> None:
+        super().__init__()
+        sizes = {"kdim": 4, "vdim": 5} if wide else {}
+        self.wide = wide
+        self.inner = nn.MultiheadAttention(6, 3, batch_first=True, **sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = (x[..., :4], x[..., 1:]) if self.wide else (torch.tanh(x), x.square())
+        hidden = x[..., 0] > 1.5
+        hidden = hidden & (torch.arange(x.shape[1]) > 0)  # a row of its own is always seen
+        return self.inner(x, k, v, key_padding_mask=hidden)[0]
+
+
+class Decoder(nn.Module):
+    """The library's encoder and decoder layers as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.decoder = nn.TransformerDecoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+        memory = self.encoder(x, src_mask=mask, is_causal=True)
+        return self.decoder(torch.tanh(x), memory, tgt_mask=mask)
+
+
+class Einsum(nn.Module):
+    """Products written with einsum: a plain one, heads with weights of their own, a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Parameter(torch.randn(6, 2, 4)), nn.Parameter(torch.randn(2, 4, 5))
+        self.mix, self.scale = nn.Parameter(torch.randn(2, 4, 4)), nn.Parameter(torch.randn(4, 2))
+        self.left = nn.Parameter(torch.randn(3, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = torch.tanh(torch.einsum("bti,ihd->bthd", x, self.q))
+        heads = torch.tanh(torch.einsum("hde, bthd -> bteh", self.mix, heads))
+        heads = torch.einsum("bteh,eh->bhte", heads, self.scale)
+        out = torch.tanh(torch.einsum("bhte,heo->bto", heads, self.o))
+        return torch.einsum("st,bto->bos", self.left, out)
+
+
+class Slices(nn.Module):
+    """Rows of one weight used apart; no row is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(9, 6)), nn.Parameter(torch.randn(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.linear(x, self.weight[:4], self.bias[:4])
+        b = F.linear(torch.tanh(x), self.weight[4:], self.bias[4:])
+        return torch.cat((a, b), -1)
+
+
+class Overlapping(Slices):
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.linear(x, self.weight[:5], self.bias[:5])
+        return torch.cat((a, F.linear(torch.tanh(x), self.weight[4:], self.bias[4:])), -1)
+
+
+class Bags(nn.Module):
+    """Sums, means and maxima of embeddings, with repeated ids, padding and weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sum = nn.EmbeddingBag(13, 6, mode="sum", padding_idx=2)
+        self.mean = nn.EmbeddingBag(13, 6, mode="mean", padding_idx=-1)
+        self.max = nn.EmbeddingBag(13, 6, mode="max")
+        self.ragged = nn.EmbeddingBag(13, 6, mode="sum", include_last_offset=True)
+        self.open = nn.EmbeddingBag(13, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        t = ids.shape[1]
+        weights = 0.5 + ids / 13.0
+        weights = weights.to(self.sum.weight.dtype)
+        kept = torch.arange(t) < ids[:, :1] % 4  # bags of several lengths, and empty ones
+        cuts = F.pad(kept.sum(1).cumsum(0), (1, 0))
+        flat = self.ragged(ids[kept], cuts, per_sample_weights=weights[kept])
+        out = self.sum(ids, per_sample_weights=weights) + self.mean(ids) * self.max(ids)
+        return out + torch.tanh(flat) + self.open(ids[kept], cuts[:-1])
+
+
 class FrozenParts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -239,12 +342,22 @@ PROBLEMS = {
     "twice": Problem(Twice, _sequence, ruled=False),
     "tied": Problem(Tied, _ids, ruled=False),
     "one_plus": Problem(ScaledByOnePlus, _sequence, ruled=False),
-    "attention": Problem(Attention, _sequence, ruled=False),
+    "attention": Problem(Attention, _sequence),
     "lstm": Problem(Recurrent, _sequence, ruled=False),
-    "bilinear": Problem(BilinearModel, _sequence, ruled=False),
+    "bilinear": Problem(BilinearModel, _sequence),
+    "cross_attention": Problem(CrossAttention, _sequence),
+    "cross_attention_biases": Problem(lambda: CrossAttention(add_bias_kv=True), _sequence, ruled=False),
+    "attention_of_three": Problem(lambda: ThreeInputs(wide=False), _sequence),
+    "attention_with_widths": Problem(lambda: ThreeInputs(wide=True), _sequence),
+    "transformer_layers": Problem(Decoder, _sequence),
+    "einsum": Problem(Einsum, _sequence),
+    "slices": Problem(Slices, _sequence),
+    "slices_overlapping": Problem(Overlapping, _sequence, ruled=False),
+    "embedding_bags": Problem(Bags, _ids, ruled=False),
     "weight_norm": Problem(lambda: S(weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 2)),
                            _sequence, ruled=False),
-    "prelu": Problem(lambda: S(nn.Linear(6, 4), nn.PReLU(7), nn.Linear(4, 2)), _sequence, ruled=False),
+    "prelu": Problem(lambda: S(nn.Linear(6, 4), nn.PReLU(7), nn.Linear(4, 2),
+                                  nn.PReLU()), _sequence),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from models import PROBLEMS, loss
 from oracle import assert_matches, per_sample_gradients
 
 import gradstats
+from gradstats.fallback import FallbackWarning
 
 RULED = [name for name, problem in PROBLEMS.items() if problem.ruled]
 
@@ -22,9 +23,10 @@ def _setup(name: str, seed: int):
     return model, batch, per_sample_gradients(model, loss, batch)
 
 
-def _run(model, batch, **options):
+def _run(name, model, batch, **options):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        # What rules serve needs no fallback.
+        warnings.simplefilter("error" if PROBLEMS[name].ruled else "ignore", FallbackWarning)
         monitor = gradstats.attach(model, moments=True, **options)
         loss(model, batch).backward()
     return monitor.step()
@@ -35,7 +37,7 @@ def _run(model, batch, **options):
 def test_statistics_are_exact(name: str, backend: str) -> None:
     model, batch, true = _setup(name, 1)
     with gradstats.backends.use(backend):
-        stats = _run(model, batch)
+        stats = _run(name, model, batch)
     assert_matches(stats, true, 1e-5)
     assert set(stats.grad_var) == set(true)
 
@@ -44,7 +46,7 @@ def test_statistics_are_exact(name: str, backend: str) -> None:
 def test_float64_stays_float64(name: str) -> None:
     model, batch, true = _setup(name, 2)
     wide = batch.double() if batch.is_floating_point() else batch
-    stats = _run(model.double(), wide)
+    stats = _run(name, model.double(), wide)
     assert stats.per_sample_sq_norm.dtype == torch.float64
     assert_matches(stats, true, 1e-10)
 

@@ -65,4 +65,13 @@ def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
 
 
 # Imported for what they register.
-from gradstats.rules import conv, elementwise, embedding, linear, norm, view  # noqa: E402, F401
+from gradstats.rules import (  # noqa: E402
+    attention,  # noqa: F401
+    conv,  # noqa: F401
+    einsum,  # noqa: F401
+    elementwise,  # noqa: F401
+    embedding,  # noqa: F401
+    linear,  # noqa: F401
+    norm,  # noqa: F401
+    view,  # noqa: F401
+)

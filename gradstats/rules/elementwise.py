@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradstats.ops import call
 from gradstats.probes import Mark, row_gradient
 from gradstats.reference import stats_dtype, sum_stats
 from gradstats.rules import Use, rule
+from gradstats.rules.view import view
 
 
 class Spread(torch.autograd.Function):
@@ -118,3 +120,15 @@ def expand(use: Use, func: Callable[..., Any], input: Tensor, *args: Any, **kwar
     mark = use.mark(input)
     assert mark is not None
     return spread(use, input, mark, len(shape)).expand(shape)
+
+
+@rule(F.prelu, torch.prelu, Tensor.prelu)
+def prelu(use: Use, func: Callable[..., Any], input: Tensor, weight: Tensor) -> Any:
+    """x where it is positive, w·x elsewhere; w is one number, or one for each entry of dim 1."""
+    if not use.tracked(weight) or not use.is_batched(input) or use.mark(input) is not None:
+        return use.unruled(func, (input, weight), {})
+    if weight.numel() > 1 and input.dim() > 1:
+        shape = [1] * input.dim()
+        shape[1] = weight.shape[0]
+        weight = view(use, Tensor.reshape, weight, shape)
+    return torch.where(input > 0, input, elementwise(use, torch.mul, input, weight))

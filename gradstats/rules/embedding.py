@@ -79,6 +79,55 @@ def embedding(
     return Embedding.apply(weight, input, probe.row, probe.m2, padding, use.batch_dim)
 
 
+@rule(F.embedding_bag)
+def embedding_bag(
+    use: Use, func: Callable[..., Any], input: Tensor, weight: Tensor,
+    offsets: Tensor | None = None, max_norm: float | None = None, norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False,
+    per_sample_weights: Tensor | None = None, include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:  # fmt: skip
+    """A lookup, then the sum, mean or maximum over each bag; there are as many bags as samples."""
+    given = (input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse,
+             per_sample_weights, include_last_offset, padding_idx)  # fmt: skip
+    if not use.tracked(weight) or use.batch_dim != 0:
+        return use.unruled(func, given, {})
+    if offsets is None:
+        ids, kept = input, torch.ones_like(input, dtype=torch.bool)
+    else:
+        ids, kept, per_sample_weights = _bags(
+            input, offsets, include_last_offset, per_sample_weights
+        )
+    use.batch_first(ids)
+    if padding_idx is not None:
+        kept = kept & (ids != padding_idx % weight.shape[0])
+    rows = embedding(
+        use, F.embedding, ids, weight, None, max_norm, norm_type, scale_grad_by_freq, sparse
+    )
+    kept = kept.unsqueeze(-1)
+    if mode == "max":
+        out = rows.masked_fill(~kept, -torch.inf).amax(1) if ids.shape[1] else rows.sum(1)
+        return torch.where(kept.any(1), out, torch.zeros_like(out))
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    total = torch.where(kept, rows, torch.zeros_like(rows)).sum(1)
+    return total if mode == "sum" else total / kept.sum(1).clamp_min(1)
+
+
+def _bags(
+    flat: Tensor, offsets: Tensor, with_end: bool, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids of bags of any length as (bags, longest), which of them exist, their weights."""
+    begins = offsets[:-1] if with_end else offsets
+    end = offsets[-1:] if with_end else offsets.new_full((1,), flat.shape[0])
+    lengths = torch.cat((begins[1:], end)) - begins
+    longest = int(lengths.max()) if lengths.numel() else 0
+    at = torch.arange(longest, device=flat.device)
+    kept = at < lengths.unsqueeze(1)
+    where = (begins.unsqueeze(1) + at).clamp_max(max(flat.shape[0] - 1, 0))
+    return flat[where], kept, None if weights is None else weights[where]
+
+
 def _without_samples(use: Use, ids: Tensor) -> bool:
     """Whether ids are the same for every sample: made without the inputs, or too small for them."""
     if use.mark(ids) is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradstats.ops import call
 from gradstats.probes import row_gradient
 from gradstats.rules import Use, rule
+from gradstats.rules.view import view
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -93,6 +94,18 @@ def _apply(
     return Linear.apply(x, weight, bias, *probes, use.batch_dim, transposed)
 
 
+def project(
+    use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None, batch_dim: int
+) -> Tensor:
+    """x Wᵀ + b inside a function whose inputs have their samples in a dimension of its own."""
+    assert weight is not None
+    if not use.tracked(weight, bias):
+        return F.linear(x, weight, bias)
+    probes = *use.probe(weight), *use.probe(bias)
+    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
+    return Linear.apply(x, weight, bias, *probes, batch_dim, False)  # type: ignore[no-any-return]
+
+
 @rule(F.linear)
 def linear(
     use: Use, func: Callable[..., Any], input: Tensor, weight: Tensor, bias: Tensor | None = None
@@ -128,3 +141,17 @@ def _marked(use: Use, tensor: object) -> bool:
 
 def _weight_like(use: Use, tensor: Tensor) -> bool:
     return use.tracked(tensor) or not tensor.requires_grad
+
+
+@rule(F.bilinear)
+def bilinear(
+    use: Use, func: Callable[..., Any], input1: Tensor, input2: Tensor, weight: Tensor,
+    bias: Tensor | None = None,
+) -> Any:  # fmt: skip
+    """x₁ᵀ W_o x₂ + b: linear in the outer product of its inputs, (B, …, I₁·I₂)."""
+    marked = _marked(use, input1) or _marked(use, input2)
+    if marked or not use.tracked(weight, bias):
+        return use.unruled(func, (input1, input2, weight, bias), {})
+    use.batch_first(input1)
+    pairs = (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2)
+    return _apply(use, pairs, view(use, Tensor.reshape, weight, (weight.shape[0], -1)), bias)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradstats.probes import ATTRIBUTE, Mark
+from gradstats.probes import ATTRIBUTE, Mark, Part
 from gradstats.rules import Use, rule
 
 _SAME_ORDER = (
@@ -41,9 +41,59 @@ def view(use: Use, func: Callable[..., Any], input: Any, *args: Any, **kwargs: A
     if m2 is not None and mark.ids is None and not _is_cast(func):
         m2 = func(m2, *args, **kwargs)
     if out is not input:
-        viewed = Mark(mark.name, m2, mark.ids, mark.num_embeddings, mark.padding_idx)
+        part = mark.part
+        if part is None and mark.ids is None and func is Tensor.__getitem__ and input.is_leaf:
+            part = _rows(input, args[0])
+        viewed = Mark(mark.name, m2, mark.ids, mark.num_embeddings, mark.padding_idx, part)
         setattr(out, ATTRIBUTE, viewed)
     return out
+
+
+def _rows(param: Tensor, index: Any) -> Part | None:
+    """The part that basic indexing takes of a parameter, where that is a run of rows."""
+    first = index[0] if isinstance(index, tuple) else index
+    n = param.shape[0] if param.dim() else 0
+    if isinstance(first, int):
+        return 0, first % n, first % n + 1
+    if isinstance(first, slice):
+        begin, end, step = first.indices(n)
+        return (0, begin, end) if step == 1 and (begin, end) != (0, n) else None
+    return None
+
+
+@rule(torch.split, Tensor.split, torch.chunk, Tensor.chunk, torch.unbind, Tensor.unbind)
+def parts(use: Use, func: Callable[..., Any], input: Any, *args: Any, **kwargs: Any) -> Any:
+    """A parameter cut into pieces, as the packed projections of attention are."""
+    mark = use.mark(input)
+    if mark is None or mark.name is None or mark.ids is not None:
+        return use.unruled(func, (input, *args), kwargs)
+    along = kwargs.get("dim", args[0] if args and func in (torch.unbind, Tensor.unbind) else
+                       args[1] if len(args) > 1 else 0)  # fmt: skip
+    pieces = _cut(func, along, input, *args, **kwargs)
+    others = pieces if mark.m2 is None else _cut(func, along, mark.m2, *args, **kwargs)
+    along %= max(input.dim(), 1)
+    whole = mark.part is None and input.is_leaf
+    begin = 0
+    for piece, other in zip(pieces, others, strict=True):
+        count = piece.shape[along] if piece.dim() == input.dim() else 1
+        part = (along, begin, begin + count) if whole else mark.part
+        begin += count
+        setattr(piece, ATTRIBUTE, Mark(mark.name, None if mark.m2 is None else other, part=part))
+    return pieces
+
+
+def _cut(func: Callable[..., Any], along: int, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    pieces = func(input, *args, **kwargs)
+    if not torch.compiler.is_compiling():
+        return pieces
+    # The compiler cannot mark an entry of a result; these are results of their own.
+    if pieces[0].dim() < input.dim():
+        return tuple(input.select(along, i) for i in range(len(pieces)))
+    begin, cut = 0, []
+    for piece in pieces:
+        cut.append(input.narrow(along, begin, piece.shape[along]))
+        begin += piece.shape[along]
+    return tuple(cut)
 
 
 def _is_cast(func: Callable[..., Any]) -> bool:
