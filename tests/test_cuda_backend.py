@@ -37,8 +37,8 @@ def test_what_never_ran_is_not_chosen(built):
 def test_by_name(built):
     with backends.use("cuda"):
         assert backends.choose("linear_stats", "cuda", HALF) == "cuda"
-        run = backends._resolve("linear_stats", "cuda", HALF, "cuda", False)
-        assert run is built.linear_stats_cuda
+        like = SimpleNamespace(device=torch.device("cuda"), dtype=HALF)
+        assert backends.implementation("linear_stats", like) is built.linear_stats_cuda
         with pytest.raises(BackendError, match=r"take bfloat16, float16, not torch\.float32"):
             backends.choose("linear_stats", "cuda", torch.float32)
 
