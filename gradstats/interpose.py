@@ -33,6 +33,7 @@ from gradstats.calls import (
     within,
 )
 from gradstats.errors import BatchDimError, UnsupportedLayerError
+from gradstats.grouping import Grouping
 from gradstats.probes import (
     ATTRIBUTE,
     CONSTANT,
@@ -109,6 +110,7 @@ class Interposer(TorchFunctionMode):
         self.chunk_bytes = chunk_bytes
         self.missed: dict[str, str] = {}
         self.marks: dict[str, Mark] = {}
+        self.groups: Grouping | None = None  # of the forwards to come
         self._canonical = {alias: name for name, group in aliases.items() for alias in group}
         self._passes: list[Pass] = []
 
@@ -146,6 +148,11 @@ class Interposer(TorchFunctionMode):
     def _enter_traced(self, original: Any, args: Any, kwargs: Any) -> Any:
         if self.current is not None:
             return original(*args, **kwargs)
+        if self.groups is not None:
+            raise UnsupportedLayerError(
+                "samples(ids=...) does not reach into a compiled forward. Run the model uncompiled, "
+                "or keep (batch, ...) inside it."
+            )
         # Multiplying a tuple specialises a symbolic batch size: the rows need a number.
         batch = len((0,) * self._batch_size("the model", args, kwargs))
         key = self.key
@@ -228,25 +235,28 @@ class Interposer(TorchFunctionMode):
             self.ledger.between()
         delivered = [d.leaf for d in self.ledger.deliveries]
         self._passes = [p for p in self._passes if not any(p.leaf is leaf for leaf in delivered)]
-        batch = self._batch_size(path, args, kwargs)
+        groups = self.groups
+        batch = self._batch_size(path, args, kwargs) if groups is None else groups.batch
         leaf = new_leaf(len(self.index), batch, self.dtype, self.device)
         leaf.register_post_accumulate_grad_hook(self.ledger.deliver)
-        opened = Pass(batch, leaf)
+        opened = Pass(batch, leaf, groups=groups)
         opened.look_at(tensors_in(*args, kwargs), self.batch_dim)
         self._passes.append(opened)
         return opened
 
     def _reopen(self, path: str, args: Any, kwargs: Any) -> Pass:
         """A checkpoint recomputes in the backward: find the pass that it belongs to."""
-        batch = self._batch_size(path, args, kwargs)
-        fitting = [p for p in self._passes if p.batch == batch]
+        size = self._batch_size(path, args, kwargs)
+        fitting = [p for p in self._passes
+                   if p.batch == size or (p.groups is not None and p.groups.rows == size)]  # fmt: skip
         if not fitting or (len(fitting) > 1 and any(p.skipped for p in fitting)):
             raise UnsupportedLayerError(
                 f"{named(path)} is recomputed by a checkpoint in the backward, and {len(fitting)} "
                 "forward passes could be the one it belongs to. Use "
                 "checkpoint(..., use_reentrant=False), or run backward before the next forward."
             )
-        return Pass(batch, fitting[-1].leaf, recomputing=True)
+        found = fitting[-1]
+        return Pass(found.batch, found.leaf, recomputing=True, groups=found.groups)
 
     def take(self) -> tuple[list[Delivery], dict[str, str]]:
         """What was delivered since the last call, and why some parameters were not."""
@@ -356,6 +366,18 @@ class Interposer(TorchFunctionMode):
     def is_batched(self, tensor: Tensor) -> bool:
         return tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == self.batch
 
+    def is_flattened(self, tensor: Tensor) -> bool:
+        groups = None if self.current is None else self.current.groups
+        return groups is not None and tensor.dim() > 0 and tensor.shape[0] == groups.rows
+
+    def grouped(self, tensor: Tensor) -> tuple[Tensor, Callable[[Any], Any]]:
+        if not self.is_flattened(tensor):
+            self.batch_first(tensor)
+            return tensor, _as_it_is
+        assert self.current is not None
+        assert self.current.groups is not None
+        return self.current.groups.gather(tensor), self.current.groups.scatter
+
     def is_ambiguous(self, tensor: Tensor) -> bool:
         assert self.current is not None
         return self.current.square and all(tensor is not t for t in self.current.inputs)
@@ -365,8 +387,9 @@ class Interposer(TorchFunctionMode):
             raise BatchDimError(
                 f"{self._where()} got an input of shape {tuple(tensor.shape)}, whose dimension "
                 f"{self.batch_dim} does not hold the batch of {self.batch} samples. Every layer must "
-                "see the samples in that dimension: keep (batch, ...) inside the model, or say where "
-                "they are with attach(batch_dim=...)."
+                "see the samples in that dimension: keep (batch, ...) inside the model, say where they "
+                "are with attach(batch_dim=...), or which sample each row is of with "
+                "monitor.samples(ids=...)."
             )
         return tensor if self.batch_dim == 0 else tensor.movedim(self.batch_dim, 0)
 
@@ -379,3 +402,7 @@ class Interposer(TorchFunctionMode):
 
 def _nobody() -> None:
     return None
+
+
+def _as_it_is(result: Any) -> Any:
+    return result

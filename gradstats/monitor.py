@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from gradstats import advice, estimators, record
 from gradstats.attach import install, plain, uninstall
 from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
+from gradstats.grouping import Grouping
 from gradstats.moments import SecondMoments
 from gradstats.stats import Coverage, GradStats, Moments
 
@@ -154,6 +156,27 @@ class Monitor:
         )
         self._pending.append((stats.num_samples, stats.mean_sq_norm, stats.grad_sq_norm))
         return self._next(stats)
+
+    @contextmanager
+    def samples(self, ids: Tensor, num_samples: int | None = None) -> Iterator[None]:
+        """Say whose rows a flattened input holds, for the forwards inside the `with` block.
+
+        `ids`: (rows,), the sample of each row, numbered from 0: packed sequences, (B·T, …) before a
+        linear layer, gathered tokens. Tensors with as many rows are read by it, tensors with
+        `num_samples` (default: the largest id plus 1) entries in `batch_dim` as ever. Waits for the
+        device once. Linear layers, embeddings, LayerNorm, RMSNorm and elementwise parameters take
+        flattened inputs; others are reported as not covered, or refused.
+
+        Raises:
+            BatchDimError: ids are not whole numbers from 0 to `num_samples` − 1.
+        """
+        if num_samples is None:
+            num_samples = int(ids.max()) + 1 if ids.numel() else 0
+        self._interposer.groups = Grouping(ids, num_samples)
+        try:
+            yield
+        finally:
+            self._interposer.groups = None
 
     def _next(self, stats: GradStats | None) -> GradStats | None:
         self._steps += 1

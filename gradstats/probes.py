@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradstats.grouping import Grouping
+
 ATTRIBUTE = "_gradstats"
 
 
@@ -120,8 +122,11 @@ class Frame:
 class Pass:
     """One forward pass of the model: its batch size, its rows, and who used which parameter."""
 
-    def __init__(self, batch: int, leaf: Tensor, recomputing: bool = False) -> None:
+    def __init__(
+        self, batch: int, leaf: Tensor, recomputing: bool = False, groups: Grouping | None = None
+    ) -> None:
         self.batch = batch
+        self.groups = groups  # where some tensors hold rows of samples, not samples
         self.leaf = leaf
         self.rows = leaf.unbind(0)
         self.recomputing = recomputing  # a checkpoint runs part of it again, in the backward

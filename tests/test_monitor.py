@@ -211,15 +211,25 @@ EDGES = {
     "stats": {"errors"},
     "backends": {"errors", "reference"},
     "ops": {"backends", "reference"},
-    "probes": set(),
+    "grouping": {"errors"},
+    "probes": {"grouping"},
     "rules": {"ops", "probes", "reference", "rules"},
     "calls": {"probes"},
-    "interpose": {"calls", "errors", "probes", "rules"},
+    "interpose": {"calls", "errors", "grouping", "probes", "rules"},
     "fallback": {"calls", "interpose", "probes", "reference"},
     "attach": {"backends", "errors", "fallback", "interpose", "probes"},
     "record": {"errors", "ops", "probes", "stats"},
     "moments": {"interpose"},
-    "monitor": {"advice", "attach", "errors", "estimators", "moments", "record", "stats"},
+    "monitor": {
+        "advice",
+        "attach",
+        "errors",
+        "grouping",
+        "estimators",
+        "moments",
+        "record",
+        "stats",
+    },
 }
 
 

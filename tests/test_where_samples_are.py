@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from models import Positions, loss
 from oracle import assert_matches, per_sample_gradients
-from torch import nn
+from torch import Tensor, nn
 
 import gradstats
 
@@ -93,3 +95,87 @@ def test_cross_entropy_of_a_language_model() -> None:
     monitor = gradstats.attach(model, moments=True)
     next_token(model, ids).backward()
     assert_matches(monitor.step(), true, 1e-5)
+
+
+class Flattening(nn.Module):
+    """(B, T) ids; everything after the embedding sees (B·T, D), as in many hand-written models."""
+
+    def __init__(self, flatten: bool, sequence_first: bool = False) -> None:
+        super().__init__()
+        self.tokens, self.norm = nn.Embedding(11, 6), nn.LayerNorm(6)
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.scale = nn.Parameter(torch.randn(6))
+        self.flatten, self.sequence_first = flatten, sequence_first
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        if self.flatten:
+            x = (x.transpose(0, 1) if self.sequence_first else x).reshape(-1, 6)
+        x = self.head(torch.tanh(self.inner(self.norm(x)) * self.scale))
+        if not self.flatten:
+            return x
+        if self.sequence_first:
+            return x.view(ids.shape[1], ids.shape[0], 3).transpose(0, 1)
+        return x.view(*ids.shape, 3)
+
+
+@pytest.mark.parametrize("sequence_first", [False, True])
+def test_flattened_inside_the_model_with_sample_ids(sequence_first: bool) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 11, (4, 5))
+    plain, flat = Flattening(False), Flattening(True, sequence_first)
+    flat.load_state_dict(plain.state_dict())
+    true = per_sample_gradients(plain, loss, ids)
+    monitor = gradstats.attach(flat, moments=True)
+    rows = torch.arange(4)
+    rows = rows.repeat(5) if sequence_first else rows.repeat_interleave(5)
+    with monitor.samples(rows):
+        loss(flat, ids).backward()
+    assert_matches(monitor.step(), true, 1e-5)
+    loss(plain, ids).backward()
+    for p, q in zip(flat.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reorder", [False, True])
+def test_packed_sequences_with_sample_ids(reorder: bool) -> None:
+    """Sequences of several lengths one after the other, without padding, or their tokens mixed."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Embedding(11, 6), nn.RMSNorm(6), nn.Linear(6, 6), nn.Tanh(),
+                          nn.Linear(6, 3))  # fmt: skip
+    lengths = torch.tensor([3, 1, 5, 2])
+    sample = torch.repeat_interleave(torch.arange(4), lengths)
+    tokens = torch.randint(0, 11, (11,))
+    if reorder:
+        order = torch.randperm(11)
+        sample, tokens = sample[order], tokens[order]
+
+    true: dict[str, list[Tensor]] = {}
+    wide = copy.deepcopy(model).double()
+    for i in range(4):
+        wide.zero_grad()
+        wide(tokens[sample == i]).sin().sum().backward()
+        for name, p in wide.named_parameters():
+            true.setdefault(name, []).append(p.grad.clone())
+    monitor = gradstats.attach(model, moments=True)
+    with monitor.samples(sample):
+        (model(tokens).sin().sum() / 4).backward()
+    assert_matches(monitor.step(), {n: torch.stack(g) for n, g in true.items()}, 1e-5)
+
+
+def test_a_flattened_input_without_ids_is_refused_with_the_way_out() -> None:
+    model = Flattening(True)
+    gradstats.attach(model)
+    with pytest.raises(gradstats.BatchDimError, match=r"layer 'norm'.*\(20, 6\).*monitor\.samples"):
+        model(torch.randint(0, 11, (4, 5)))
+
+
+def test_sample_ids_that_cannot_be_are_refused() -> None:
+    model = nn.Linear(3, 2)
+    monitor = gradstats.attach(model)
+    negative = pytest.raises(gradstats.BatchDimError, match="from -1 to 1 do not fit 2 samples")
+    with negative, monitor.samples(torch.tensor([0, 1, -1])):
+        pass
+    floats = pytest.raises(gradstats.BatchDimError, match="one whole number for each row.*float32")
+    with floats, monitor.samples(torch.ones(3), num_samples=2):
+        pass

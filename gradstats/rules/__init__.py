@@ -36,8 +36,18 @@ class Use(Protocol):
     def batch_first(self, tensor: Tensor) -> Tensor:
         """`tensor` with its samples in dimension 0; raises BatchDimError where they are not."""
 
+    def grouped(self, tensor: Tensor) -> tuple[Tensor, Callable[[Any], Any]]:
+        """`tensor` with its samples in dimension `batch_dim`, and the way back for the result.
+
+        Where `Monitor.samples` says which rows of a flattened tensor belong together, that is
+        (B, longest, …); elsewhere it is the tensor itself. Raises as `batch_first` does.
+        """
+
     def is_batched(self, tensor: Tensor) -> bool:
         """Whether `tensor` has B entries where the samples are expected."""
+
+    def is_flattened(self, tensor: Tensor) -> bool:
+        """Whether the rows of `tensor` are those that `Monitor.samples` speaks of."""
 
     def is_ambiguous(self, tensor: Tensor) -> bool:
         """Whether a tensor with one dimension of B could as well be without samples."""

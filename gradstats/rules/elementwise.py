@@ -85,10 +85,29 @@ def elementwise(use: Use, func: Callable[..., Any], *args: Any, **kwargs: Any) -
         return use.unruled(func, args, kwargs)
     tensors = [a for a in args if isinstance(a, Tensor)]
     ndim = max(t.dim() for t in tensors)
+    flat = [t for t in tensors if use.mark(t) is None and t.dim() == ndim and use.is_flattened(t)]
+    if flat and use.batch_dim == 0 and not kwargs:
+        return _flattened(use, func, args, ndim, flat[0].shape[0])
     batched = [t for t in tensors if use.mark(t) is None and t.dim() == ndim and use.is_batched(t)]
     if not batched or "out" in kwargs or use.tracked(*kwargs.values()):
         return use.unruled(func, args, kwargs)
     return func(*(_operand(use, a, ndim) for a in args), **kwargs)
+
+
+def _flattened(use: Use, func: Callable[..., Any], args: Any, ndim: int, rows: int) -> Any:
+    """The same on (samples, longest, …), with the parameters shaped to fit."""
+    moved, back = [], None
+    for arg in args:
+        if use.tracked(arg):
+            arg = view(use, Tensor.reshape, arg, (1,) * (ndim + 1 - arg.dim()) + arg.shape)
+        elif isinstance(arg, Tensor) and arg.dim() == ndim and arg.shape[0] == rows:
+            arg, back = use.grouped(arg)
+        elif isinstance(arg, Tensor) and arg.dim():
+            arg = arg.reshape((1,) * (ndim + 1 - arg.dim()) + arg.shape)
+        moved.append(arg)
+    assert back is not None
+    plain = getattr(torch, func.__name__.strip("_").removesuffix("_"), func)
+    return back(elementwise(use, plain, *moved))
 
 
 def _operand(use: Use, arg: Any, ndim: int) -> Any:

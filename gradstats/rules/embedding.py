@@ -71,12 +71,12 @@ def embedding(
         lookup = Mark(mark.name, mark.m2, input, weight.shape[0], padding)
         setattr(out, ATTRIBUTE, lookup)
         return out
-    use.batch_first(input)
+    input, back = use.grouped(input)
     if max_norm is not None:
         with torch.no_grad():
             torch.embedding_renorm_(weight, input.contiguous(), max_norm, norm_type)
     probe = use.probe(weight)
-    return Embedding.apply(weight, input, probe.row, probe.m2, padding, use.batch_dim)
+    return back(Embedding.apply(weight, input, probe.row, probe.m2, padding, use.batch_dim))
 
 
 @rule(F.embedding_bag)
@@ -132,6 +132,8 @@ def _without_samples(use: Use, ids: Tensor) -> bool:
     """Whether ids are the same for every sample: made without the inputs, or too small for them."""
     if use.mark(ids) is not None:
         return True
+    if use.is_flattened(ids):
+        return False
     if use.batch != 1 and ids.dim() == 2 and ids.shape[0] == 1 and use.batch_dim == 0:
         return True
     if ids.dim() != 1:

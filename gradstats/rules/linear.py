@@ -88,10 +88,10 @@ def _three(t: Tensor, batch_dim: int) -> Tensor:
 def _apply(
     use: Use, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False
 ) -> Any:
-    use.batch_first(x)
+    x, back = use.grouped(x)
     probes = *use.probe(weight), *use.probe(bias)
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    return Linear.apply(x, weight, bias, *probes, use.batch_dim, transposed)
+    return back(Linear.apply(x, weight, bias, *probes, use.batch_dim, transposed))
 
 
 def project(

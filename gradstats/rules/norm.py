@@ -94,10 +94,10 @@ def _layer_norm(
     if not use.tracked(weight, bias) or use.mark(x) is not None or last:
         args = (x, shape, weight, eps) if rms else (x, shape, weight, bias, eps)
         return use.unruled(func, args, {})
-    use.batch_first(x)
+    x, back = use.grouped(x)
     probes = *use.probe(weight), *use.probe(bias)
     x, weight, bias = _autocast_fp32(x, weight, bias)  # type: ignore[assignment]
-    return LayerNorm.apply(x, weight, bias, *probes, list(shape), eps, rms, use.batch_dim)
+    return back(LayerNorm.apply(x, weight, bias, *probes, list(shape), eps, rms, use.batch_dim))
 
 
 @rule(F.layer_norm, torch.layer_norm)

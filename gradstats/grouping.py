@@ -1,0 +1,52 @@
+"""Rows of a flattened input, and the samples that they belong to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradstats.errors import BatchDimError
+
+
+class Grouping:
+    """Which of `batch` samples each row is of; brings rows to (batch, longest, …) and back.
+
+    A sample with fewer rows than the longest is filled up with copies of some row, which nothing
+    reads: their gradients are zero, so they add nothing to any statistic.
+    """
+
+    def __init__(self, ids: Tensor, batch: int) -> None:
+        """`ids`: (rows,) whole numbers from 0 to `batch` − 1, in any order. Waits for the device.
+
+        Raises BatchDimError for any others.
+        """
+        if ids.dim() != 1 or ids.is_floating_point():
+            raise BatchDimError(
+                f"sample ids are one whole number for each row, not {ids.dtype} of shape "
+                f"{tuple(ids.shape)}. Give samples(ids=) a vector like [0, 0, 1, 1, 1]."
+            )
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < batch:
+            raise BatchDimError(
+                f"sample ids from {int(ids.min())} to {int(ids.max())} do not fit {batch} samples: "
+                "they count from 0. Leave out rows of no sample, or pass num_samples=."
+            )
+        ids = ids.long()
+        self.rows, self.batch = ids.shape[0], batch
+        counts = torch.bincount(ids, minlength=batch)
+        order = torch.argsort(ids, stable=True)
+        begins = counts.cumsum(0) - counts
+        slots = torch.empty_like(ids)
+        slots[order] = torch.arange(self.rows, device=ids.device) - begins[ids[order]]
+        longest = int(counts.max()) if batch else 0
+        self._place = ids * longest + slots  # of each row among the samples' rows
+        self._source = torch.zeros(batch * longest, dtype=torch.long, device=ids.device)
+        self._source[self._place] = torch.arange(self.rows, device=ids.device)
+        self._shape = (batch, longest)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(rows, …) to (batch, longest, …)."""
+        return rows.index_select(0, self._source).view(*self._shape, *rows.shape[1:])
+
+    def scatter(self, samples: Tensor) -> Tensor:
+        """(batch, longest, …) back to (rows, …)."""
+        return samples.flatten(0, 1).index_select(0, self._place)
