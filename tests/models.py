@@ -124,12 +124,16 @@ class Attention(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, kind: type[nn.Module] = nn.LSTM, **options: object) -> None:
         super().__init__()
-        self.inner, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 3)
+        self.inner = kind(6, 5, batch_first=True, **options)
+        width = (2 if self.inner.bidirectional else 1) * (self.inner.proj_size or 5)
+        self.head = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.inner(x)[0])
+        out, state = self.inner(x)
+        last = state[0] if isinstance(state, tuple) else state
+        return self.head(out) + last.mean((0, 2))[:, None, None]
 
 
 class BilinearModel(nn.Module):
@@ -291,7 +295,8 @@ def _ids(n: int) -> Tensor:
 class Problem:
     make: Callable[[], nn.Module]
     data: Callable[[int], Tensor]
-    ruled: bool = True  # served by rules alone, so also under torch.compile(fullgraph=True)
+    ruled: bool = True  # served by rules alone
+    compiles: bool = True  # if so, also under torch.compile(fullgraph=True)
     batch: int = 5
 
 
@@ -343,7 +348,11 @@ PROBLEMS = {
     "tied": Problem(Tied, _ids, ruled=False),
     "one_plus": Problem(ScaledByOnePlus, _sequence, ruled=False),
     "attention": Problem(Attention, _sequence),
-    "lstm": Problem(Recurrent, _sequence, ruled=False),
+    "lstm": Problem(Recurrent, _sequence, compiles=False),
+    "lstm_deep": Problem(lambda: Recurrent(num_layers=2, bidirectional=True), _sequence, compiles=False),
+    "lstm_projected": Problem(lambda: Recurrent(proj_size=4), _sequence, ruled=False),
+    "gru": Problem(lambda: Recurrent(nn.GRU, num_layers=2, bias=False), _sequence, compiles=False),
+    "rnn": Problem(lambda: Recurrent(nn.RNN, nonlinearity="relu"), _sequence, compiles=False),
     "bilinear": Problem(BilinearModel, _sequence),
     "cross_attention": Problem(CrossAttention, _sequence),
     "cross_attention_biases": Problem(lambda: CrossAttention(add_bias_kv=True), _sequence, ruled=False),

@@ -176,6 +176,6 @@ def test_sample_ids_that_cannot_be_are_refused() -> None:
     negative = pytest.raises(gradstats.BatchDimError, match="from -1 to 1 do not fit 2 samples")
     with negative, monitor.samples(torch.tensor([0, 1, -1])):
         pass
-    floats = pytest.raises(gradstats.BatchDimError, match="one whole number for each row.*float32")
+    floats = pytest.raises(gradstats.BatchDimError, match=r"one whole number for each row.*float32")
     with floats, monitor.samples(torch.ones(3), num_samples=2):
         pass

@@ -83,5 +83,6 @@ from gradstats.rules import (  # noqa: E402
     embedding,  # noqa: F401
     linear,  # noqa: F401
     norm,  # noqa: F401
+    recurrent,  # noqa: F401
     view,  # noqa: F401
 )
