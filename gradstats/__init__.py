@@ -18,8 +18,10 @@ from gradstats.errors import (
 if TYPE_CHECKING:
     from gradstats import backends
     from gradstats.advice import BatchSizeAdvice, recommend
+    from gradstats.checking import check
     from gradstats.estimators import NoiseScale
     from gradstats.monitor import Monitor, attach
+    from gradstats.report import CheckReport
     from gradstats.rules import rule
     from gradstats.stats import GradStats
 
@@ -32,6 +34,8 @@ _LAZY = {
     "NoiseScale": "estimators",
     "BatchSizeAdvice": "advice",
     "recommend": "advice",
+    "check": "checking",
+    "CheckReport": "report",
     "rule": "rules",
 }
 
@@ -40,6 +44,7 @@ __all__ = [
     "BackendError",
     "BatchDimError",
     "BatchSizeAdvice",
+    "CheckReport",
     "GradStats",
     "GradStatsError",
     "InvalidArgumentError",
@@ -49,6 +54,7 @@ __all__ = [
     "UnsupportedLayerError",
     "attach",
     "backends",
+    "check",
     "recommend",
     "rule",
 ]

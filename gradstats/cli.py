@@ -1,7 +1,8 @@
-"""The command line: `gradstats doctor` and `gradstats demo`.
+"""The command line: `gradstats doctor`, `gradstats check` and `gradstats demo`.
 
 Exit codes: 0 all is well; 1 it cannot work here (a package is missing, or a backend asked for by
-name cannot run); 2 an argument cannot be used; 130 interrupted by Ctrl-C.
+name cannot run), or `check` found something wrong or not measured; 2 an argument cannot be used;
+130 interrupted by Ctrl-C.
 """
 
 # No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
@@ -38,6 +39,24 @@ def app() -> Any:
             from gradstats import doctor as doctor_module
 
             raise typer.Exit(doctor_module.doctor(as_json=as_json))
+
+    @application.command()
+    def check(
+        target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY")],
+        samples: Annotated[int, typer.Option(help="Compared one at a time, about.")] = 3,
+        batch_dim: Annotated[Optional[int], typer.Option(help="Default: found out.")] = None,  # noqa: UP045
+        as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    ) -> None:
+        """Whether the statistics are exact on your model, compared with plain autograd.
+
+        FACTORY is a function without arguments that returns (model, loss_fn, batch). Exits with 0
+        where everything is exact, 1 where something is wrong or not measured, 2 where the factory
+        or an argument cannot be used.
+        """
+        with _one_line():
+            from gradstats.check_command import run
+
+            raise typer.Exit(run(target, samples=samples, batch_dim=batch_dim, as_json=as_json))
 
     @application.command()
     def demo(

@@ -172,6 +172,14 @@ class _Plan:
     def _bytes(self) -> int:
         return sum(p.numel() * p.element_size() for _, p in self._parameters().values())
 
+    def cost(self, batch: int) -> int:
+        """Bytes of per-sample gradients held at a time for `batch` samples."""
+        return self._bytes() * self._chunk(batch)
+
+    def names(self) -> list[str]:
+        """The parameters measured this way, by their names in the model."""
+        return list(self._parameters())
+
     def _chunk(self, batch: int) -> int:
         if not self.vectorised:
             return 1

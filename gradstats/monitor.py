@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gradstats import advice, estimators, record
-from gradstats.attach import install, plain, uninstall
 from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
 from gradstats.grouping import Grouping
+from gradstats.install import install, plain, uninstall
 from gradstats.moments import SecondMoments
 from gradstats.stats import Coverage, GradStats, Moments
 
@@ -192,6 +192,19 @@ class Monitor:
     def _params(self) -> list[Tensor]:
         """The parameters in row order, as they are now: FSDP and others replace the objects."""
         return [owner[key] for owner, key in self._owners]
+
+    def fallbacks(self) -> dict[str, tuple[int, str]]:
+        """Parameters measured sample by sample: bytes of per-sample gradients of their module, why.
+
+        For the batch size of the last forward. Known once a forward ran.
+        """
+        it = self._interposer
+        return {
+            name: (plan.cost(it.batch), it.fallbacks[path].reason)
+            for path, plan in it.plans.items()
+            if path in it.fallbacks
+            for name in plan.names()
+        }
 
     # ---- reading -------------------------------------------------------------------------------
 

@@ -217,19 +217,25 @@ EDGES = {
     "calls": {"probes"},
     "interpose": {"calls", "errors", "grouping", "probes", "rules"},
     "fallback": {"calls", "interpose", "probes", "reference"},
-    "attach": {"backends", "errors", "fallback", "interpose", "probes"},
+    "install": {"backends", "errors", "fallback", "interpose", "probes"},
     "record": {"errors", "ops", "probes", "stats"},
     "moments": {"interpose"},
     "monitor": {
         "advice",
-        "attach",
         "errors",
-        "grouping",
         "estimators",
+        "grouping",
+        "install",
         "moments",
         "record",
         "stats",
     },
+    "report": set(),
+    "batches": set(),
+    "mixing": {"calls"},
+    "trial": {"errors", "fallback", "monitor", "stats"},
+    "truth": {"batches", "calls", "errors", "mixing", "trial"},
+    "checking": {"batches", "calls", "errors", "install", "report", "trial", "truth"},
 }
 
 
