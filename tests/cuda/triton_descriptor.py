@@ -1,4 +1,4 @@
-"""Prints the constant parts of the wgmma descriptors that Triton makes of gᵀx, both through TMA.
+"""Prints the wgmma descriptors that Triton makes of gᵀx, both through TMA, as if each lay at 0.
 
 Exits with 77 where this Triton cannot compile the kernel without a GPU.
 """
@@ -34,4 +34,28 @@ except (TypeError, KeyError) as error:
 ptx = made.asm["ptx"]
 assert re.search(r"wgmma\.mma_async\S+m64n128k16\S+bf16", ptx)
 assert re.search(r"\}, %rd\d+, %rd\d+, %p\d+, 1, 1, 1, 1;", ptx), "both operands transposed"
-print(*re.findall(r"(?:or|add)\S* +\t?%rd\d+, %rd\d+, (\d{15,});", ptx.replace("\t", " ")))
+line = re.compile(r"^\s*([a-z]+)\S*\s+(%r\w+), ([^{}\n]+);", re.MULTILINE)
+found: dict[str, list[tuple[str, list[str]]]] = {}
+for op, register, inputs in line.findall(ptx):
+    found.setdefault(register, []).append((op, inputs.split(", ")))
+compute = {
+    "mov": lambda a: a, "cvt": lambda a: a, "or": lambda a, b: a | b, "add": lambda a, b: a + b,
+    "and": lambda a, b: a & b, "shl": lambda a, b: a << b, "shr": lambda a, b: a >> b,
+    "bfe": lambda a, first, bits: a >> first & (1 << bits) - 1,
+}  # fmt: skip
+
+
+def constant(word: str) -> int:
+    """What a register holds if everything that is only known when it runs is 0."""
+    if word.lstrip("-").isdigit():
+        return int(word)
+    if len(found.get(word, ())) != 1:  # a special register, a symbol, or carried by the loop
+        return 0
+    ((op, inputs),) = found[word]
+    return compute[op](*map(constant, inputs)) if op in compute else 0
+
+
+pairs = re.findall(r"\}, (%rd\d+), (%rd\d+), %p\d+, 1, 1, 1, 1;", ptx)
+for words in zip(*pairs, strict=True):
+    start = constant(words[0]) & 0x3FFF  # where the operand lies in shared memory
+    print(*(constant(word) - start for word in words))
