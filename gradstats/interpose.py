@@ -49,6 +49,7 @@ from gradstats.probes import (
     new_leaf,
 )
 from gradstats.rules import RULES
+from gradstats.rules.joint import Joint
 
 _live: weakref.WeakValueDictionary[int, Interposer] = weakref.WeakValueDictionary()
 _keys = itertools.count()
@@ -348,6 +349,20 @@ class Interposer(TorchFunctionMode):
             return NO_PROBE
         return self.probe_of(mark.name, mark.m2, mark.part)
 
+    def joint(self, tensor: Tensor | None) -> Joint | None:
+        if tensor is None or not tensor.requires_grad or not tensor.is_leaf:
+            return None
+        current, mark = self.current, getattr(tensor, ATTRIBUTE, None)
+        # Elementwise moments of several uses have no such factors; a graph cannot keep them.
+        if mark is None or mark.name is None or mark.ids is not None or mark.m2 is not None:
+            return None
+        assert current is not None
+        if current.recomputing or torch.compiler.is_compiling():
+            return None
+        joint: Joint = current.joints.setdefault(mark.name, Joint())
+        joint.uses += 1
+        return joint
+
     def probe_of(self, name: str, m2: Tensor | None, part: Part | None = None) -> Probe:
         """The probe of a parameter by name, or of a part of it; counts as a use of that."""
         current = self.current
@@ -355,7 +370,9 @@ class Interposer(TorchFunctionMode):
         earlier = current.uses.get(name, ())
         row = current.rows[self.index[name]]
         if not current.recomputing:
-            if any(use.overlaps(part) for use in earlier):
+            joint = current.joints.get(name)
+            joined = joint is not None and joint.uses == len(earlier) + 1
+            if not joined and any(use.overlaps(part) for use in earlier):
                 self._fall_back_or_note(name, "it is used more than once in a forward", earlier)
             current.uses[name] = (*earlier, UseOf(tuple(self.stack), part))
         if part is not None and part[1] > 0:

@@ -33,6 +33,9 @@ class Use(Protocol):
     def probe(self, tensor: Tensor | None) -> Probe:
         """The probe of a parameter; counts as a use of it."""
 
+    def joint(self, tensor: Tensor | None) -> Any:
+        """Ask before `probe`: the `rules.joint.Joint` of a parameter whose uses may be several."""
+
     def batch_first(self, tensor: Tensor) -> Tensor:
         """`tensor` with its samples in dimension 0; raises BatchDimError where they are not."""
 

@@ -12,16 +12,17 @@ from torch import Tensor
 from gradstats.ops import call
 from gradstats.probes import ATTRIBUTE, Mark, row_gradient
 from gradstats.rules import Use, rule
+from gradstats.rules.joint import Lookup
 
 
 class Embedding(torch.autograd.Function):
     """Rows of a weight; ids have their samples in dimension `batch_dim`."""
 
     @staticmethod
-    def forward(ctx, weight, ids, row, m2, padding_idx, batch_dim):  # type: ignore[no-untyped-def]
+    def forward(ctx, weight, ids, row, m2, padding_idx, batch_dim, joint):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(ids)
         ctx.num_embeddings, ctx.padding_idx = weight.shape[0], padding_idx
-        ctx.batch_dim = batch_dim
+        ctx.batch_dim, ctx.joint = batch_dim, joint
         return F.embedding(ids, weight)
 
     @staticmethod
@@ -35,8 +36,13 @@ class Embedding(torch.autograd.Function):
         dw, sq_norm, m2 = call.embedding_stats(
             ids, each, ctx.num_embeddings, ctx.padding_idx, moments
         )
-        row = row_gradient(sq_norm) if ctx.needs_input_grad[2] else None
-        return dw, None, row, m2 if moments else None, None, None
+        row = None
+        if ctx.needs_input_grad[2] and ctx.joint is not None:
+            rows = torch.where(ids == ctx.padding_idx, -1, ids)
+            row = ctx.joint.row_gradient(ctx, sq_norm, Lookup(rows, each))
+        elif ctx.needs_input_grad[2]:
+            row = row_gradient(sq_norm)
+        return dw, None, row, m2 if moments else None, None, None, None
 
 
 @rule(F.embedding)
@@ -75,8 +81,9 @@ def embedding(
     if max_norm is not None:
         with torch.no_grad():
             torch.embedding_renorm_(weight, input.contiguous(), max_norm, norm_type)
+    joint = use.joint(weight)
     probe = use.probe(weight)
-    return back(Embedding.apply(weight, input, probe.row, probe.m2, padding, use.batch_dim))
+    return back(Embedding.apply(weight, input, probe.row, probe.m2, padding, use.batch_dim, joint))
 
 
 @rule(F.embedding_bag)

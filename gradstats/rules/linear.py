@@ -12,6 +12,7 @@ from torch import Tensor
 from gradstats.ops import call
 from gradstats.probes import row_gradient
 from gradstats.rules import Use, rule
+from gradstats.rules.joint import Product, Total
 from gradstats.rules.view import view
 
 
@@ -29,9 +30,9 @@ class Linear(torch.autograd.Function):
     """y = x Wᵀ + b, or y = x W + b with `transposed`; x has its samples in dimension `batch_dim`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, row_w, m2_w, row_b, m2_b, batch_dim, transposed):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, row_w, m2_w, row_b, m2_b, batch_dim, transposed, joints):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
-        ctx.batch_dim, ctx.transposed = batch_dim, transposed
+        ctx.batch_dim, ctx.transposed, ctx.joints = batch_dim, transposed, joints
         if not transposed:
             out = F.linear(x, weight, bias)
             # A view made in here could not be modified in place by the model; this is not one.
@@ -62,8 +63,13 @@ class Linear(torch.autograd.Function):
             )
             if flipped and needs_b:  # the bias belongs to the output side, here the left one
                 _, db, _, b_sq, _, m2_b = call.linear_stats(xs, gs, False, True, moments)
-            row_w = row_gradient(w_sq) if needs_w else None
-            row_b = row_gradient(b_sq) if needs_b else None
+            of_w, of_b = ctx.joints
+            if needs_w:
+                row_w = row_gradient(w_sq) if of_w is None else of_w.row_gradient(
+                    ctx, w_sq, Product(right, left))  # fmt: skip
+            if needs_b:
+                row_b = row_gradient(b_sq) if of_b is None else of_b.row_gradient(
+                    ctx, b_sq, Total(gs.sum(1, dtype=b_sq.dtype)))  # fmt: skip
         needs = ctx.needs_input_grad
         return (
             gx,
@@ -73,6 +79,7 @@ class Linear(torch.autograd.Function):
             m2_w if needs[4] else None,
             row_b if needs[5] else None,
             m2_b if needs[6] else None,
+            None,
             None,
             None,
         )
@@ -89,9 +96,10 @@ def _apply(
     use: Use, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False
 ) -> Any:
     x, back = use.grouped(x)
+    joints = use.joint(weight), use.joint(bias)
     probes = *use.probe(weight), *use.probe(bias)
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    return back(Linear.apply(x, weight, bias, *probes, use.batch_dim, transposed))
+    return back(Linear.apply(x, weight, bias, *probes, use.batch_dim, transposed, joints))
 
 
 def project(
@@ -101,9 +109,10 @@ def project(
     assert weight is not None
     if not use.tracked(weight, bias):
         return F.linear(x, weight, bias)
+    joints = use.joint(weight), use.joint(bias)
     probes = *use.probe(weight), *use.probe(bias)
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    return Linear.apply(x, weight, bias, *probes, batch_dim, False)  # type: ignore[no-any-return]
+    return Linear.apply(x, weight, bias, *probes, batch_dim, False, joints)  # type: ignore[no-any-return]
 
 
 @rule(F.linear)
