@@ -148,6 +148,7 @@ def test_nothing_is_kept_after_the_step() -> None:
         for _ in range(4):
             loss(model, batch).backward()
             monitor.step()
+            monitor.noise_scale()  # two scalars of every step wait for it
             model.zero_grad()
             alive.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
     finally:
