@@ -35,6 +35,7 @@ from gradstats.kernels import (
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+WIDTHS = (torch.float32, torch.bfloat16)  # float16 compiles to bfloat16's code but for a letter
 INTEGERS = {torch.int32: "i32", torch.int64: "i64"}
 WATCHED = ("HGMMA", "HMMA", "FFMA", "UTMALDG", "LDGSTS", "LDG", "STG", "BAR", "LDL", "STL")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -180,7 +181,7 @@ CONVOLUTIONS = {  # B, I, O, groups, size, kernel: one for every kind of tile
 
 def conv_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     for dtype, (name, shape), moments in itertools.product(
-        _common.DTYPES, CONVOLUTIONS.items(), (False, True)
+        WIDTHS, CONVOLUTIONS.items(), (False, True)
     ):
         batch, i, o, groups, size, kernel = shape
         x = torch.empty(batch, i, *size, dtype=dtype, device="meta")
@@ -194,7 +195,7 @@ def conv_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def embedding_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    for dtype, moments in itertools.product(_common.DTYPES, (False, True)):
+    for dtype, moments in itertools.product(WIDTHS, (False, True)):
         g = torch.empty(16, 1024, 768, dtype=dtype, device="meta")
         ids = torch.empty(16, 1024, dtype=torch.int64, device="meta")
         yield (
@@ -204,7 +205,7 @@ def embedding_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def tied_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    for dtype, t in itertools.product(_common.DTYPES, (16, 1024)):
+    for dtype, t in itertools.product(WIDTHS, (16, 1024)):
         e = torch.empty(16, t, 768, dtype=dtype, device="meta")
         h = torch.empty(16, t, 50304, dtype=dtype, device="meta")
         ids = torch.empty(16, t, dtype=torch.int64, device="meta")
@@ -223,9 +224,14 @@ def all_cases(arch: int = 90) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield from tied_cases()
 
 
-def launches_of(call: Callable[[], Any]) -> list[Launch]:
-    with caught() as launches:
-        call()
+def launches_of(call: Callable[[], Any], arch: int = 90) -> list[Launch]:
+    """What `call` would launch on such a device."""
+    before, _common.DEFAULT_ARCH = _common.DEFAULT_ARCH, arch
+    try:
+        with caught() as launches:
+            call()
+    finally:
+        _common.DEFAULT_ARCH = before
     return launches
 
 

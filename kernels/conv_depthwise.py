@@ -15,7 +15,7 @@ from gradstats.kernels._common import cdiv
 from gradstats.kernels.conv_layout import Geometry, arguments, channels_last, first_tap, inside
 from gradstats.kernels.sample_sums import add_sample
 
-TAPS, CHANNELS, POSITIONS = 4, 32, 32  # of a program at a time
+TAPS, CHANNELS, POSITIONS = 4, 32, 16  # of a program at a time
 PROGRAMS = 8  # per multiprocessor, as far as there are samples to share out
 STAGES = 2
 

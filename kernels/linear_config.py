@@ -131,8 +131,9 @@ def conv_config(
     plans = []
     for small in (False, True)[min(c, o) <= 64 :]:
         tile = replace(_fused_tile(s, small, dtype, moments, arch), described=False)
-        if dtype == torch.float32:  # operands and addresses share the registers
-            tile = replace(tile, block_t=16)
+        if dtype == torch.float32 or arch // 10 not in (9, 10):  # operands take registers too
+            most = 16 if dtype == torch.float32 else 32
+            tile = replace(tile, block_t=min(tile.block_t, most))
         channels = min(tile.block_i, few)
         columns = cdiv(taps, tile.block_i // channels) * cdiv(c, channels)
         tiles = groups * cdiv(o, tile.block_o) * columns

@@ -53,13 +53,14 @@ def test_sm_90(name, call):
             assert made.opcodes["LDGSTS"] or made.opcodes["UTMALDG"], "no asynchronous copies"
 
 
-SM_80 = [c for c in table.linear_cases(80) if "bf16" in c[0] and "fused 128" in c[0]]
+SM_80 = [c for c in table.all_cases(80) if "fused 128" in c[0] or "128→128" in c[0]]
+SM_80 = [c for c in SM_80 if "bf16" in c[0]]
 
 
 @pytest.mark.parametrize(("name", "call"), SM_80, ids=[c[0] for c in SM_80])
 def test_sm_80(name, call):
     """What fills the registers there; the smaller tiles are in the table."""
-    for launch in table.launches_of(call):
+    for launch in table.launches_of(call, 80):
         made = build(launch, 80)
         assert not made.spills, (launch.kernel.__name__, made)
         assert made.shared <= table.SHARED_LIMIT[80]
