@@ -30,7 +30,7 @@ class TapPass {
   TapPass(const Geometry& geo, Mode mode, const Tensor& x, const Tensor& g)
       : mode_(mode),
         taps_(geo),
-        units_(geo, lanes_of(geo), kTapRows),
+        units_(geo, lanes_of(geo), rows_of(mode)),
         x_(x),
         g_(g),
         chunk_(
@@ -40,7 +40,7 @@ class TapPass {
   // dw and, with moments, m2: (O, I/groups, *kernel); sq: (B), null where there are no norms.
   void run(T* dw, T* m2, double* sq) {
     const int64_t batch = taps_.geo.batch;
-    const bool moments = mode_ == Mode::kMoments;
+    const bool moments = mode_ == Mode::kMoments || mode_ == Mode::kResident;
     const bool keep = batch > chunk_;  // sums outlive a chunk
     const auto options = x_.options();
     const Tensor xs = at::empty({chunk_ * x_size()}, options);

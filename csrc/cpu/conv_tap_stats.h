@@ -64,7 +64,9 @@ std::tuple<Tensor, Tensor, Tensor> tap_stats(const Geometry& geo, const Tensor& 
   T* sum = dw.data_ptr<T>();
   double* norms = sq.data_ptr<double>();
   if (moments) {
-    TapPass<T>(geo, Mode::kMoments, x, g).run(sum, m2.data_ptr<T>(), norms);
+    constexpr int64_t kFew = 8;  // up to 20% faster at 4 positions, some % slower at 16
+    const bool few = geo.out[0] * geo.out[1] * geo.out[2] <= kFew;
+    TapPass<T>(geo, few ? Mode::kResident : Mode::kMoments, x, g).run(sum, m2.data_ptr<T>(), norms);
   } else if (gram_pays(geo)) {
     recompute<T>(geo, x, g, GramNorms<T>(geo, x, g).run(norms), sum, norms);
     TapPass<T>(geo, Mode::kSum, x, g).run(sum, nullptr, nullptr);

@@ -13,8 +13,10 @@
 
 namespace gradstats::cpu::conv {
 
-// The gradient alone, with each sample's squared norm, with that and the second moment.
-enum class Mode { kSum, kNorms, kMoments };
+// kSum: the gradient alone. kNorms: and each sample's squared norm. kMoments: and the second
+// moment. kResident: the same, with the sums in registers while samples go by, for fewer rows:
+// cheaper where a sample has few positions.
+enum class Mode { kSum, kNorms, kMoments, kResident };
 
 // Rows of a tile: where the registers would hold more, a whole number of transposed squares.
 #if defined(CPU_CAPABILITY_AVX512)
@@ -22,6 +24,7 @@ constexpr int kTapRows = 8;
 #else
 constexpr int kTapRows = 6;
 #endif
+constexpr int rows_of(Mode mode) { return mode == Mode::kResident ? kTapRows / 2 : kTapRows; }
 
 template <typename T>
 struct TapRun {
@@ -95,6 +98,29 @@ void norms_tile(const TapRun<T>& run, std::integer_sequence<int, I...>) {
   }
 }
 
+template <typename T, int Rows, int NV, int... I>
+void resident_tile(const TapRun<T>& run, std::integer_sequence<int, I...>) {
+  using Vec = at::vec::Vectorized<T>;
+  const auto at = [&](int i) { return i / NV * run.ld + i % NV * Vec::size(); };
+  Vec sum[] = {Vec::loadu(run.sum + at(I))...}, m2[] = {Vec::loadu(run.m2 + at(I))...};
+  for (int64_t s = 0; s < run.samples; ++s) {
+    Vec acc[] = {(static_cast<void>(I), Vec(T(0)))...};
+    add_pairs<T, Rows, NV>(run, s, acc);
+    const Vec inverse(run.inverse[s]), weight(run.weight[s]);
+    Vec square[2] = {Vec(T(0)), Vec(T(0))};
+    c10::ForcedUnroll<Rows * NV>{}([&](auto i) {
+      const Vec c = acc[i], d = c - sum[i] * inverse;
+      square[i % 2] = at::vec::fmadd(c, c, square[i % 2]);
+      m2[i] = at::vec::fmadd(d * weight, d, m2[i]);
+      sum[i] = sum[i] + c;
+    });
+    T* sq = run.squares + s * Vec::size();
+    (Vec::loadu(sq) + (square[0] + square[1])).store(sq);
+  }
+  (sum[I].store(run.sum + at(I)), ...);
+  (m2[I].store(run.m2 + at(I)), ...);
+}
+
 template <typename T>
 using TapTile = void (*)(const TapRun<T>&);
 
@@ -103,6 +129,8 @@ void tap_tile(const TapRun<T>& run) {
   constexpr auto kAll = std::make_integer_sequence<int, Rows * NV>{};
   if constexpr (mode == Mode::kSum) {
     sum_tile<T, Rows, NV>(run, kAll);
+  } else if constexpr (mode == Mode::kResident) {
+    resident_tile<T, Rows, NV>(run, kAll);
   } else {
     norms_tile<T, Rows, NV, mode == Mode::kMoments>(run, kAll);
   }
@@ -116,7 +144,7 @@ TapTile<T> tap_tile_of(int64_t rows, std::integer_sequence<int, Rows...>) {
 
 template <typename T, Mode mode>
 TapTile<T> tap_tile_of(int64_t rows, bool two) {
-  constexpr auto kAll = std::make_integer_sequence<int, kTapRows>{};
+  constexpr auto kAll = std::make_integer_sequence<int, rows_of(mode)>{};
   return two ? tap_tile_of<T, 2, mode>(rows, kAll) : tap_tile_of<T, 1, mode>(rows, kAll);
 }
 
@@ -127,8 +155,10 @@ TapTile<T> tap_tile_of(Mode mode, int64_t rows, bool two) {
       return tap_tile_of<T, Mode::kSum>(rows, two);
     case Mode::kNorms:
       return tap_tile_of<T, Mode::kNorms>(rows, two);
-    default:
+    case Mode::kMoments:
       return tap_tile_of<T, Mode::kMoments>(rows, two);
+    default:
+      return tap_tile_of<T, Mode::kResident>(rows, two);
   }
 }
 
