@@ -29,6 +29,19 @@ def test_step_overhead(tmp_path: Path) -> None:
     assert all(row["status"] in ("ok", "refused") for row in rows.values()), rows
 
 
+def test_growth(tmp_path: Path) -> None:
+    out = tmp_path / "growth.json"
+    args = ["--ops", "layer_norm", "--rounds", "1", "--turn-seconds", "0", "--json", str(out)]
+    _run("growth.py", *args)
+    curves = json.loads(out.read_text())["curves"]
+    assert {(c["kind"], c["axis"]) for c in curves} == {
+        (kind, axis) for kind in ("torch", "norms", "norms+moments") for axis in "BT"
+    }
+    for curve in curves:
+        assert len(curve["points"]) == len(curve["relative"])
+        assert min(curve["relative"]) > 0
+
+
 def test_gpu_dry_run() -> None:
     operations = ("linear", "norm", "embedding", "conv", "tied", "multi")
     text = _run("gpu.py", "--dry-run", "--only", *operations)

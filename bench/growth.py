@@ -1,0 +1,170 @@
+"""How the cost of an operation grows with the batch B and with the positions T of a sample.
+
+    python bench/growth.py [--ops linear conv layer_norm embedding] [--rounds 15] [--json FILE]
+
+B and T are doubled over a range, one at a time, and all points of a curve take turns (timing.py).
+Shown is the time per sample and position over the median of the curve: 1 everywhere where cost is
+proportional, more at the small end where a call costs something by itself. A peer in each row is
+torch's own gradient of the same shape, without statistics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkout
+import torch
+from timing import environment, interleave, table
+
+from gradstats import backends
+from gradstats.ops import ops
+
+Call = Callable[[], Any]
+PLAIN, KINDS = "torch", ("norms", "norms+moments")
+DIM, OUT, VOCAB, CHANNELS = 256, 256, 1024, 64
+
+
+def linear(b: int, t: int) -> dict[str, Call]:
+    x, g = torch.randn(b, t, DIM), torch.randn(b, t, OUT)
+    flat_x, flat_g = x.flatten(0, 1), g.flatten(0, 1)
+    calls: dict[str, Call] = {PLAIN: lambda: (flat_g.t() @ flat_x, flat_g.sum(0))}
+    for moments, kind in enumerate(KINDS):
+        calls[kind] = lambda m=bool(moments): ops.linear_stats(x, g, True, True, m)
+    return calls
+
+
+def conv(b: int, t: int) -> dict[str, Call]:
+    side = round(t**0.5)
+    x, g = (torch.randn(b, CHANNELS, side, side) for _ in range(2))
+    weight = torch.randn(CHANNELS, CHANNELS, 3, 3)
+    geometry = ([1, 1], [1, 1], [1, 1])
+    backward = torch.ops.aten.convolution_backward
+    calls: dict[str, Call] = {
+        PLAIN: lambda: backward(g, x, weight, [CHANNELS], *geometry, False, [0, 0], 1,
+                                [False, True, True])
+    }  # fmt: skip
+    for moments, kind in enumerate(KINDS):
+        calls[kind] = lambda m=bool(moments): ops.conv_stats(
+            x, g, [3, 3], *geometry, 1, True, True, m
+        )
+    return calls
+
+
+def layer_norm(b: int, t: int) -> dict[str, Call]:
+    x, g = torch.randn(b, t, DIM), torch.randn(b, t, DIM)
+    scale, shift = torch.ones(DIM), torch.zeros(DIM)
+    _, mean, rstd = torch.native_layer_norm(x, [DIM], scale, shift, 1e-5)
+    backward = torch.ops.aten.native_layer_norm_backward
+    calls: dict[str, Call] = {
+        PLAIN: lambda: backward(g, x, [DIM], mean, rstd, scale, shift, [True, True, True])
+    }
+    rows = (mean.flatten(1), rstd.flatten(1))
+    for moments, kind in enumerate(KINDS):
+        calls[kind] = lambda m=bool(moments): ops.layer_norm_stats(
+            g, x, *rows, scale, True, True, True, m
+        )
+    return calls
+
+
+def embedding(b: int, t: int) -> dict[str, Call]:
+    ids, g = torch.randint(VOCAB, (b, t)), torch.randn(b, t, DIM)
+    backward = torch.ops.aten.embedding_dense_backward
+    calls: dict[str, Call] = {PLAIN: lambda: backward(g, ids, VOCAB, -1, False)}
+    for moments, kind in enumerate(KINDS):
+        calls[kind] = lambda m=bool(moments): ops.embedding_stats(ids, g, VOCAB, -1, m)
+    return calls
+
+
+BATCHES = (8, 16, 32, 64, 128)
+OPS: dict[str, tuple[Callable[[int, int], dict[str, Call]], int, int, tuple[int, ...]]] = {
+    # how to make the calls, B while T grows, T while B grows, the values of T
+    "linear": (linear, 16, 64, (8, 16, 32, 64, 128, 256, 512, 1024)),
+    "conv": (conv, 16, 256, (16, 64, 256, 1024, 4096)),
+    "layer_norm": (layer_norm, 16, 64, (16, 32, 64, 128, 256, 512, 1024)),
+    "embedding": (embedding, 16, 256, (16, 32, 64, 128, 256, 512, 1024)),
+}
+
+
+def curves(op: str, rounds: int, turn_seconds: float) -> list[dict[str, Any]]:
+    """One curve for each way to compute `op` and each of B and T."""
+    make, batch, positions, lengths = OPS[op]
+    found = []
+    for axis, points in (
+        ("B", [(b, positions) for b in BATCHES]),
+        ("T", [(batch, t) for t in lengths]),
+    ):
+        steps = {(kind, b, t): call for b, t in points for kind, call in make(b, t).items()}
+        names = {str(key): key for key in steps}
+        seconds = interleave(
+            {name: steps[key] for name, key in names.items()},
+            rounds=rounds, turn_seconds=turn_seconds,
+        )  # fmt: skip
+        for kind in (PLAIN, *KINDS):
+            typical = [statistics.median(seconds[str((kind, b, t))]) for b, t in points]
+            each = [s / (b * t) for s, (b, t) in zip(typical, points, strict=True)]
+            middle = statistics.median(each)
+            found.append({
+                "op": op, "kind": kind, "axis": axis,
+                "points": [b if axis == "B" else t for b, t in points],
+                "fixed": positions if axis == "B" else batch,
+                "seconds": typical, "relative": [e / middle for e in each],
+            })  # fmt: skip
+    return found
+
+
+def picture(found: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each operation and axis, drawn where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(c["op"] for c in found))
+    figure, axes = plt.subplots(2, len(names), figsize=(3.2 * len(names), 5.2), squeeze=False)
+    for curve in found:
+        panel = axes["BT".index(curve["axis"])][names.index(curve["op"])]
+        panel.axhspan(0.9, 1.1, color="0.93", zorder=0)
+        panel.plot(curve["points"], curve["relative"], marker=".", label=curve["kind"])
+        panel.set(xscale="log", xlabel=curve["axis"], title=curve["op"], ylim=(0.5, 2))
+    axes[0][0].legend(fontsize=7)
+    axes[0][0].set_ylabel("time per B·T over the median")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--turn-seconds", type=float, default=0.02)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, default=checkout.RESULTS / "growth_cpu.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    env = environment("gradstats")
+    env["backends"] = {op: backends.choose(f"{op}_stats", "cpu", torch.float32) for op in args.ops}
+    found = []
+    for op in args.ops:
+        torch.manual_seed(0)
+        found += curves(op, args.rounds, args.turn_seconds)
+    rows = [
+        [c["op"], c["kind"], c["axis"],
+         "  ".join(f"{p}: {r:.2f}" for p, r in zip(c["points"], c["relative"], strict=True))]
+        for c in found
+    ]  # fmt: skip
+    print(table(["operation", "", "grows", "time per sample and position, over the median"], rows))
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    report = {"environment": env, "rounds": args.rounds, "curves": found}
+    args.json.write_text(json.dumps(report, indent=1) + "\n")
+    picture(found, args.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
