@@ -50,3 +50,21 @@ class Grouping:
     def scatter(self, samples: Tensor) -> Tensor:
         """(batch, longest, …) back to (rows, …)."""
         return samples.flatten(0, 1).index_select(0, self._place)
+
+
+class Flattened:
+    """Rows that are (B·T, …), or (T·B, …), as many of every sample."""
+
+    def __init__(self, batch: int, samples_first: bool) -> None:
+        self._batch, self._samples_first = batch, samples_first
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(rows, …) to (B, T, …)."""
+        rest = rows.shape[1:]
+        if self._samples_first:
+            return rows.reshape(self._batch, -1, *rest)
+        return rows.reshape(-1, self._batch, *rest).transpose(0, 1)
+
+    def scatter(self, samples: Tensor) -> Tensor:
+        """(B, T, …) back to (rows, …)."""
+        return (samples if self._samples_first else samples.transpose(0, 1)).flatten(0, 1)

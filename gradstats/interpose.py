@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
+from gradstats import layout
 from gradstats.calls import (
     FallbackFailed,
     NeedsFallback,
@@ -33,7 +34,8 @@ from gradstats.calls import (
     within,
 )
 from gradstats.errors import BatchDimError, UnsupportedLayerError
-from gradstats.grouping import Grouping
+from gradstats.grouping import Flattened, Grouping
+from gradstats.layout import NeedsLayout, Recorder
 from gradstats.probes import (
     ATTRIBUTE,
     CONSTANT,
@@ -112,6 +114,8 @@ class Interposer(TorchFunctionMode):
         self.missed: dict[str, str] = {}
         self.marks: dict[str, Mark] = {}
         self.groups: Grouping | None = None  # of the forwards to come
+        self.layouts: dict[str, str] = {}  # of flattened inputs, by the module that met them
+        self.recorder: Recorder | None = None
         self._canonical = {alias: name for name, group in aliases.items() for alias in group}
         self._passes: list[Pass] = []
 
@@ -125,6 +129,8 @@ class Interposer(TorchFunctionMode):
 
     def enter(self, module: Any, path: str, original: Any, args: Any, kwargs: Any) -> Any:
         """The forward of `module`, which sits at `path`; `original` is its own forward."""
+        if self.recorder is not None:
+            return self.recorder.enter(path, original, args, kwargs)
         if self.suspended or not self.enabled:
             return original(*args, **kwargs)
         if not torch.is_grad_enabled():
@@ -135,6 +141,15 @@ class Interposer(TorchFunctionMode):
             return self._enter_traced(original, args, kwargs)
         if self.current is not None:
             return self._enter_nested(module, path, original, args, kwargs)
+        before = None if path in self.settled else layout.State(module, self.device)
+        try:
+            return self._enter_first(module, path, original, args, kwargs)
+        except NeedsLayout:
+            before = before or layout.State(module, self.device)
+            self.layouts.update(layout.find(self, before, original, args, kwargs))
+            return self._enter_first(module, path, original, args, kwargs)
+
+    def _enter_first(self, module: Any, path: str, original: Any, args: Any, kwargs: Any) -> Any:
         try:
             self.current = self._open(path, args, kwargs)
             self.batch = self.current.batch
@@ -384,16 +399,31 @@ class Interposer(TorchFunctionMode):
         return tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == self.batch
 
     def is_flattened(self, tensor: Tensor) -> bool:
-        groups = None if self.current is None else self.current.groups
-        return groups is not None and tensor.dim() > 0 and tensor.shape[0] == groups.rows
+        return self._groups(tensor) is not None
 
     def grouped(self, tensor: Tensor) -> tuple[Tensor, Callable[[Any], Any]]:
-        if not self.is_flattened(tensor):
+        groups = self._groups(tensor)
+        if groups is None:
             self.batch_first(tensor)
             return tensor, _as_it_is
+        return groups.gather(tensor), groups.scatter
+
+    def _groups(self, tensor: Tensor) -> Grouping | Flattened | None:
+        """The samples of a tensor whose rows are not samples, where they are known."""
         assert self.current is not None
-        assert self.current.groups is not None
-        return self.current.groups.gather(tensor), self.current.groups.scatter
+        groups, rows = self.current.groups, tensor.shape[0] if tensor.dim() else 0
+        if groups is not None:
+            return groups if rows == groups.rows else None
+        if self.batch < 2 or rows <= self.batch or rows % self.batch or self.batch_dim != 0:
+            return None
+        if torch.compiler.is_compiling() or self.is_batched(tensor):
+            return None
+        found = self.layouts.get(self.stack[-1].path)
+        if found is None:
+            raise NeedsLayout
+        if found == layout.WITHOUT_SAMPLES:
+            return None
+        return Flattened(self.batch, samples_first=found == layout.SAMPLES_FIRST)
 
     def is_ambiguous(self, tensor: Tensor) -> bool:
         assert self.current is not None

@@ -110,16 +110,16 @@ def test_batch_dimension_that_differs_is_refused_by_name(model) -> None:
     class Folding(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.folded = nn.Linear(6, 4), nn.Linear(2, 3)
+            self.a, self.folded = nn.Linear(6, 4), nn.Linear(5, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.folded(self.a(x).reshape(-1, 2))
+            return self.folded(self.a(x).t())
 
     folding = Folding()
     monitor = gradstats.attach(folding)
     with pytest.raises(
         gradstats.BatchDimError,
-        match=r"layer 'folded' got .*\(10, 2\).*batch of 5 samples.*batch_dim",
+        match=r"layer 'folded' got .*\(4, 5\).*batch of 5 samples.*batch_dim",
     ):
         folding(torch.randn(5, 6))
     with pytest.raises(gradstats.NoStatisticsError):

@@ -163,11 +163,63 @@ def test_packed_sequences_with_sample_ids(reorder: bool) -> None:
     assert_matches(monitor.step(), {n: torch.stack(g) for n, g in true.items()}, 1e-5)
 
 
-def test_a_flattened_input_without_ids_is_refused_with_the_way_out() -> None:
-    model = Flattening(True)
+@pytest.mark.parametrize("sequence_first", [False, True])
+@pytest.mark.parametrize("ids_shape", [(4, 5), (5, 5), (2, 6)])
+def test_flattened_inside_the_model_is_found_out(sequence_first: bool, ids_shape) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 11, ids_shape)
+    plain, flat = Flattening(False), Flattening(True, sequence_first)
+    flat.load_state_dict(plain.state_dict())
+    true = per_sample_gradients(plain, loss, ids)
+    monitor = gradstats.attach(flat, moments=True)
+    for _ in range(2):
+        flat.zero_grad()
+        loss(flat, ids).backward()
+        assert_matches(monitor.step(), true, 1e-5)
+
+
+def test_looking_for_the_samples_leaves_random_numbers_and_buffers_alone() -> None:
+    class Counting(Flattening):
+        def __init__(self) -> None:
+            super().__init__(True)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            self.calls += 1
+            return F.dropout(super().forward(ids))
+
+    torch.manual_seed(0)
+    model, ids = Counting(), torch.randint(0, 11, (4, 5))
+    plain = copy.deepcopy(model)
+    torch.manual_seed(1)
+    want = plain(ids)
+    after = torch.rand(())
     gradstats.attach(model)
-    with pytest.raises(gradstats.BatchDimError, match=r"layer 'norm'.*\(20, 6\).*monitor\.samples"):
-        model(torch.randint(0, 11, (4, 5)))
+    torch.manual_seed(1)
+    torch.testing.assert_close(model(ids), want)
+    assert torch.equal(torch.rand(()), after)
+    assert model.calls == 1
+
+
+@pytest.mark.parametrize("way", ["sorted", "mixed"])
+def test_rows_in_no_order_are_refused_with_the_way_out(way: str) -> None:
+    class Reordering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.head = nn.Embedding(11, 6), nn.Linear(6, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.tokens(ids).flatten(0, 1)
+            if way == "sorted":  # as a mixture of experts sends tokens where they belong
+                return self.head(x[torch.randperm(len(x))])
+            return self.head(x - x.mean(0))
+
+    model = Reordering()
+    gradstats.attach(model)
+    with pytest.raises(
+        gradstats.BatchDimError, match=r"layer 'head' got 20 rows of 4 samples.*ids"
+    ):
+        model(torch.arange(20).view(4, 5) % 11)
 
 
 def test_sample_ids_that_cannot_be_are_refused() -> None:

@@ -1,0 +1,156 @@
+"""Finds out how a model flattens samples and positions into rows, by moving one sample.
+
+The forward runs twice more, once with sample 1 in the place of sample 0. The rows that change are
+sample 0's: the first ones of (B·T, …), or every B-th of (T·B, …). Anything else is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from gradstats.calls import named, random_state, restore_random_state, tensors_in
+from gradstats.errors import BatchDimError, UnsupportedLayerError
+from gradstats.probes import ATTRIBUTE
+
+SAMPLES_FIRST, POSITIONS_FIRST = "samples first", "positions first"
+WITHOUT_SAMPLES = "without samples"
+
+
+class NeedsLayout(BaseException):
+    """A flattened input was met whose rows are not known. Not an Exception, as NeedsFallback."""
+
+
+class _Site(NamedTuple):
+    path: str
+    prints: Tensor  # (rows, 2): sum and sum of squares of each row
+
+
+class Recorder(TorchFunctionMode):
+    """Takes fingerprints of every activation that meets a parameter, module by module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: list[_Site] = []
+        self._paths: list[str] = [""]
+
+    def enter(self, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self._paths.append(path)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._paths.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = tensors_in(*args, kwargs or {})
+        marks = [getattr(t, ATTRIBUTE, None) for t in tensors]
+        if any(m is not None and m.name is not None for m in marks):
+            self.sites += [
+                _Site(self._paths[-1], _prints(t))
+                for t, mark in zip(tensors, marks, strict=True)
+                if mark is None and t.dim() > 0
+            ]
+        return func(*args, **(kwargs or {}))
+
+
+class State:
+    """Random numbers and buffers, to run a forward again as if for the first time."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._module, self._random = module, random_state(device)
+        self._buffers = {name: b.clone() for name, b in module.named_buffers()}
+
+    def restore(self) -> None:
+        restore_random_state(self._random)
+        for name, buffer in self._module.named_buffers():
+            if name in self._buffers:
+                buffer.data.copy_(self._buffers[name])
+
+
+def _prints(t: Tensor) -> Tensor:
+    wide = t.detach().double().reshape(t.shape[0], -1)
+    ramp = torch.linspace(1, 2, wide.shape[1], dtype=wide.dtype, device=wide.device)
+    return torch.stack(((wide * ramp).sum(1), wide.square().sum(1)), 1)
+
+
+def find(
+    interposer: Any, state: State, original: Callable[..., Any], args: Any, kwargs: Any
+) -> dict[str, str]:
+    """For each module that met rows in another number than samples: how they lie.
+
+    Samples are in dimension 0. Random numbers and buffers are as `state` has them afterwards.
+
+    Raises:
+        BatchDimError: the rows of a sample are neither next to each other nor B apart.
+        UnsupportedLayerError: samples influence each other.
+    """
+    batch = interposer.batch
+    runs = []
+    for moved in (False, True):
+        state.restore()
+        values = pytree.tree_map(lambda v: _moved(v, batch), (args, kwargs)) if moved else (
+            args, kwargs)  # fmt: skip
+        interposer.recorder = Recorder()
+        try:
+            with interposer.recorder:
+                original(*values[0], **values[1])
+            runs.append(interposer.recorder.sites)
+        finally:
+            interposer.recorder = None
+            state.restore()
+    before, after = runs
+    if [(s.path, s.prints.shape) for s in before] != [(s.path, s.prints.shape) for s in after]:
+        raise BatchDimError(
+            "the model flattens samples and takes other ways, or other numbers of rows, when a "
+            "sample changes, so their rows could not be found. Say which sample each row is of with "
+            "monitor.samples(ids=...)."
+        )
+    layouts: dict[str, str] = {}
+    for a, b in zip(before, after, strict=True):
+        rows = a.prints.shape[0]
+        if rows == 0 or rows % batch:
+            continue
+        layout = _layout(a, b, batch)
+        if rows != batch and layouts.setdefault(a.path, layout) != layout:
+            raise _unknown(a.path, rows, batch)
+    return layouts
+
+
+def _moved(value: Any, batch: int) -> Any:
+    """Sample 1 in the place of sample 0."""
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
+        return value
+    return torch.cat((value[1:2], value[1:]))
+
+
+def _layout(before: _Site, after: _Site, batch: int) -> str:
+    rows = before.prints.shape[0]
+    scale = before.prints.abs().amax(0).clamp_min(1e-300)
+    changed = ((before.prints - after.prints).abs() > 1e-6 * scale).any(1).nonzero().flatten()
+    if not changed.numel():
+        return WITHOUT_SAMPLES
+    first = bool((changed < rows // batch).all())
+    apart = bool((changed % batch == 0).all())
+    if rows == batch and not first:
+        raise UnsupportedLayerError(
+            f"{named(before.path)}: samples influence each other before it (with another sample "
+            f"0, rows {changed[:5].tolist()} of {rows} change), so their gradients cannot be told "
+            "apart. Instead, keep the samples independent, or give the batch another dimension with "
+            "attach(batch_dim=...)."
+        )
+    if first == apart and rows != batch:
+        raise _unknown(before.path, rows, batch)
+    return SAMPLES_FIRST if first else POSITIONS_FIRST
+
+
+def _unknown(path: str, rows: int, batch: int) -> BatchDimError:
+    return BatchDimError(
+        f"{named(path)} got {rows} rows of {batch} samples, and those of a sample are neither next to "
+        f"each other nor {batch} apart. Say which sample each row is of with "
+        "monitor.samples(ids=...)."
+    )
