@@ -115,6 +115,7 @@ class Interposer(TorchFunctionMode):
         self.marks: dict[str, Mark] = {}
         self.groups: Grouping | None = None  # of the forwards to come
         self.layouts: dict[str, str] = {}  # of flattened inputs, by the module that met them
+        self.looked = False
         self.recorder: Recorder | None = None
         self._canonical = {alias: name for name, group in aliases.items() for alias in group}
         self._passes: list[Pass] = []
@@ -141,13 +142,21 @@ class Interposer(TorchFunctionMode):
             return self._enter_traced(original, args, kwargs)
         if self.current is not None:
             return self._enter_nested(module, path, original, args, kwargs)
-        before = None if path in self.settled else layout.State(module, self.device)
+        first = path not in self.settled
+        before = layout.State(module, self.device) if first else None
         try:
-            return self._enter_first(module, path, original, args, kwargs)
+            out = self._enter_first(module, path, original, args, kwargs)
         except NeedsLayout:
             before = before or layout.State(module, self.device)
             self.layouts.update(layout.find(self, before, original, args, kwargs))
+            self.looked = True
             return self._enter_first(module, path, original, args, kwargs)
+        # Another dimension as long as the batch: do the samples stay apart in the one we take?
+        lengths = [n for t in tensors_in(*args, kwargs) for n in t.shape[1:]]
+        told = self.groups is not None or self.batch_dim != 0
+        if first and not told and self.batch > 1 and self.batch in lengths:
+            layout.find(self, layout.State(module, self.device), original, args, kwargs)
+        return out
 
     def _enter_first(self, module: Any, path: str, original: Any, args: Any, kwargs: Any) -> Any:
         try:
@@ -419,9 +428,9 @@ class Interposer(TorchFunctionMode):
         if torch.compiler.is_compiling() or self.is_batched(tensor):
             return None
         found = self.layouts.get(self.stack[-1].path)
-        if found is None:
+        if found is None and not self.looked:
             raise NeedsLayout
-        if found == layout.WITHOUT_SAMPLES:
+        if found is None or found == layout.WITHOUT_SAMPLES:
             return None
         return Flattened(self.batch, samples_first=found == layout.SAMPLES_FIRST)
 

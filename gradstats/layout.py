@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -20,6 +21,10 @@ from gradstats.probes import ATTRIBUTE
 
 SAMPLES_FIRST, POSITIONS_FIRST = "samples first", "positions first"
 WITHOUT_SAMPLES = "without samples"
+
+
+# Functions that say themselves where the samples are in their inputs.
+_OWN_ORDER = (F.multi_head_attention_forward, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
 class NeedsLayout(BaseException):
@@ -49,7 +54,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = tensors_in(*args, kwargs or {})
         marks = [getattr(t, ATTRIBUTE, None) for t in tensors]
-        if any(m is not None and m.name is not None for m in marks):
+        if func not in _OWN_ORDER and any(m is not None and m.name is not None for m in marks):
             self.sites += [
                 _Site(self._paths[-1], _prints(t))
                 for t, mark in zip(tensors, marks, strict=True)
@@ -89,8 +94,7 @@ def find(
         BatchDimError: the rows of a sample are neither next to each other nor B apart.
         UnsupportedLayerError: samples influence each other.
     """
-    batch = interposer.batch
-    runs = []
+    batch, runs = interposer.batch, []
     for moved in (False, True):
         state.restore()
         values = pytree.tree_map(lambda v: _moved(v, batch), (args, kwargs)) if moved else (
@@ -131,7 +135,7 @@ def _moved(value: Any, batch: int) -> Any:
 def _layout(before: _Site, after: _Site, batch: int) -> str:
     rows = before.prints.shape[0]
     scale = before.prints.abs().amax(0).clamp_min(1e-300)
-    changed = ((before.prints - after.prints).abs() > 1e-6 * scale).any(1).nonzero().flatten()
+    changed = ((before.prints - after.prints).abs() > 1e-5 * scale).any(1).nonzero().flatten()
     if not changed.numel():
         return WITHOUT_SAMPLES
     first = bool((changed < rows // batch).all())
@@ -140,8 +144,8 @@ def _layout(before: _Site, after: _Site, batch: int) -> str:
         raise UnsupportedLayerError(
             f"{named(before.path)}: samples influence each other before it (with another sample "
             f"0, rows {changed[:5].tolist()} of {rows} change), so their gradients cannot be told "
-            "apart. Instead, keep the samples independent, or give the batch another dimension with "
-            "attach(batch_dim=...)."
+            "apart. Instead, keep the samples independent; or, if they are in another dimension, say so "
+            "with attach(batch_dim=...)."
         )
     if first == apart and rows != batch:
         raise _unknown(before.path, rows, batch)

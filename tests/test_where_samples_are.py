@@ -231,3 +231,49 @@ def test_sample_ids_that_cannot_be_are_refused() -> None:
     floats = pytest.raises(gradstats.BatchDimError, match=r"one whole number for each row.*float32")
     with floats, monitor.samples(torch.ones(3), num_samples=2):
         pass
+
+
+class InSequence(nn.Module):
+    """The first dimension is time: what comes later depends on what came before."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell, self.head = cell, nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.cell(x) if isinstance(self.cell, nn.RNN) else self.cell(x, x, x)
+        return self.head(out[0])
+
+
+@pytest.mark.parametrize("make", [lambda: nn.RNN(6, 6), lambda: nn.MultiheadAttention(6, 2)])
+def test_sequence_first_with_as_many_positions_as_samples(make) -> None:
+    torch.manual_seed(0)
+    model, x = InSequence(make()), torch.randn(5, 5, 6)
+    gradstats.attach(model)
+    with pytest.raises(
+        gradstats.UnsupportedLayerError, match=r"layer 'head'.*influence.*batch_dim"
+    ):
+        model(x)
+
+    def second(m: nn.Module, x: Tensor) -> Tensor:
+        return m(x.transpose(0, 1)).sin().sum((0, 2)).mean()
+
+    told = copy.deepcopy(model)
+    true = per_sample_gradients(told, second, x)
+    monitor = gradstats.attach(told, batch_dim=1)
+    second(told, x).backward()
+    assert_matches(monitor.step(), true, 1e-5)
+
+
+def test_a_transposed_inside_with_as_many_positions_as_samples() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x)).transpose(0, 1)).transpose(0, 1)
+
+    gradstats.attach(model := Turned())
+    with pytest.raises(gradstats.UnsupportedLayerError, match=r"layer 'b': samples influence"):
+        model(torch.randn(5, 5, 6))
