@@ -74,9 +74,16 @@ def weight_stats(
     x: Tensor, g: Tensor, geometry: Geometry, c: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, len_o = geometry.groups, g.shape[1] // geometry.groups
-    like = x.new_empty(g.shape[1], x.shape[1] // groups, *geometry.kernel)
-    options = (geometry.stride, geometry.padding, geometry.dilation, False, (0, 0, 0), groups)
-    dw = torch.ops.aten.convolution_backward(g, x, like, None, *options, [False, True, False])[1]
+    dims = geometry.dims  # to the library a plane is no volume
+
+    def real(t: Tensor) -> Tensor:
+        return t.reshape(*t.shape[:2], *t.shape[5 - dims :])
+
+    like = x.new_empty(g.shape[1], x.shape[1] // groups, *geometry.kernel[3 - dims :])
+    options = (o[3 - dims :] for o in (geometry.stride, geometry.padding, geometry.dilation))
+    dw = torch.ops.aten.convolution_backward(
+        real(g), real(x), like, None, *options, False, [0] * dims, groups, [False, True, False]
+    )[1].contiguous()  # whatever format its inputs have, as its fake kernel says
     (x, wide_c), (last, wide_o) = channels_last(x, groups, 16), channels_last(g, groups, 16)
     rows = last.flatten(2).transpose(1, 2)
     batch, len_s, _ = rows.shape
