@@ -1,0 +1,137 @@
+"""What rules ask of the forward pass that they run in (`gradstats.rules.Use`), answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from gradstats import layout
+from gradstats.calls import named
+from gradstats.errors import BatchDimError, UnsupportedLayerError
+from gradstats.grouping import Flattened, Grouping
+from gradstats.layout import NeedsLayout
+from gradstats.probes import ATTRIBUTE, NO_PROBE, Frame, Mark, Part, Pass, Probe, UseOf
+from gradstats.rules.joint import Joint
+
+
+class Answers:
+    """The half of the interposer that rules see."""
+
+    index: dict[str, int]  # rows of the parameters, by name
+    current: Pass | None
+    batch: int
+    batch_dim: int
+    stack: list[Frame]
+    layouts: dict[str, str]  # of flattened inputs, by the module that met them
+    looked: bool  # for those layouts
+
+    def _fall_back_or_note(self, name: str, reason: str, earlier: tuple[UseOf, ...]) -> None:
+        raise NotImplementedError
+
+    def mark(self, tensor: object) -> Mark | None:
+        return getattr(tensor, ATTRIBUTE, None) if isinstance(tensor, Tensor) else None
+
+    def tracked(self, *tensors: object) -> bool:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                mark = getattr(tensor, ATTRIBUTE, None)
+                if mark is not None and mark.name is not None:
+                    return True
+        return False
+
+    def probe(self, tensor: Tensor | None) -> Probe:
+        if tensor is None or not tensor.requires_grad:
+            return NO_PROBE
+        mark = getattr(tensor, ATTRIBUTE, None)
+        if mark is None or mark.name is None:
+            return NO_PROBE
+        return self.probe_of(mark.name, mark.m2, mark.part)
+
+    def joint(self, tensor: Tensor | None) -> Joint | None:
+        if tensor is None or not tensor.requires_grad or not tensor.is_leaf:
+            return None
+        current, mark = self.current, getattr(tensor, ATTRIBUTE, None)
+        # Elementwise moments of several uses have no such factors; a graph cannot keep them.
+        if mark is None or mark.name is None or mark.ids is not None or mark.m2 is not None:
+            return None
+        assert current is not None
+        if current.recomputing or torch.compiler.is_compiling():
+            return None
+        joint: Joint = current.joints.setdefault(mark.name, Joint())
+        joint.uses += 1
+        return joint
+
+    def probe_of(self, name: str, m2: Tensor | None, part: Part | None = None) -> Probe:
+        """The probe of a parameter by name, or of a part of it; counts as a use of that."""
+        current = self.current
+        assert current is not None
+        earlier = current.uses.get(name, ())
+        row = current.rows[self.index[name]]
+        if not current.recomputing:
+            joint = current.joints.get(name)
+            joined = joint is not None and joint.uses == len(earlier) + 1
+            if not joined and any(use.overlaps(part) for use in earlier):
+                self._fall_back_or_note(name, "it is used more than once in a forward", earlier)
+            current.uses[name] = (*earlier, UseOf(tuple(self.stack), part))
+        if part is not None and part[1] > 0:
+            # The norms of parts add up; what is counted is the delivery of the first.
+            row = torch.cat((row[:-1], row.new_zeros(1)))
+        return Probe(row, m2)
+
+    def is_batched(self, tensor: Tensor) -> bool:
+        return tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == self.batch
+
+    def is_flattened(self, tensor: Tensor) -> bool:
+        return self._groups(tensor) is not None
+
+    def grouped(self, tensor: Tensor) -> tuple[Tensor, Callable[[Any], Any]]:
+        groups = self._groups(tensor)
+        if groups is None:
+            self.batch_first(tensor)
+            return tensor, _as_it_is
+        return groups.gather(tensor), groups.scatter
+
+    def _groups(self, tensor: Tensor) -> Grouping | Flattened | None:
+        """The samples of a tensor whose rows are not samples, where they are known."""
+        assert self.current is not None
+        groups, rows = self.current.groups, tensor.shape[0] if tensor.dim() else 0
+        if groups is not None:
+            return groups if rows == groups.rows else None
+        if self.batch < 2 or rows <= self.batch or rows % self.batch or self.batch_dim != 0:
+            return None
+        if torch.compiler.is_compiling() or self.is_batched(tensor):
+            return None
+        found = self.layouts.get(self.stack[-1].path)
+        if found is None and not self.looked:
+            raise NeedsLayout
+        if found is None or found == layout.WITHOUT_SAMPLES:
+            return None
+        return Flattened(self.batch, samples_first=found == layout.SAMPLES_FIRST)
+
+    def is_ambiguous(self, tensor: Tensor) -> bool:
+        assert self.current is not None
+        return self.current.square and all(tensor is not t for t in self.current.inputs)
+
+    def batch_first(self, tensor: Tensor) -> Tensor:
+        if not self.is_batched(tensor):
+            raise BatchDimError(
+                f"{self._where()} got an input of shape {tuple(tensor.shape)}, whose dimension "
+                f"{self.batch_dim} does not hold the batch of {self.batch} samples. Every layer must "
+                "see the samples in that dimension: keep (batch, ...) inside the model, say where they "
+                "are with attach(batch_dim=...), or which sample each row is of with "
+                "monitor.samples(ids=...)."
+            )
+        return tensor if self.batch_dim == 0 else tensor.movedim(self.batch_dim, 0)
+
+    def refuse(self, what: str, instead: str) -> NoReturn:
+        raise UnsupportedLayerError(f"{self._where()}: {what}. Instead, {instead}.")
+
+    def _where(self) -> str:
+        return named(self.stack[-1].path if self.stack else "")
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
