@@ -12,6 +12,7 @@ from gradstats.errors import (
     GradStatsError,
     InvalidArgumentError,
     NoStatisticsError,
+    OrderError,
     UnsupportedLayerError,
 )
 
@@ -51,6 +52,7 @@ __all__ = [
     "Monitor",
     "NoStatisticsError",
     "NoiseScale",
+    "OrderError",
     "UnsupportedLayerError",
     "attach",
     "backends",

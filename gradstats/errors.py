@@ -27,5 +27,9 @@ class NoStatisticsError(GradStatsError, RuntimeError):
     """`step()` found no backward pass to read from."""
 
 
+class OrderError(GradStatsError, RuntimeError):
+    """`step()` was called too late, or not at all, so the gradients are not what was measured."""
+
+
 class AttachError(GradStatsError, RuntimeError):
     """The model cannot be attached to as it is."""

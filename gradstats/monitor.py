@@ -15,6 +15,8 @@ from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsE
 from gradstats.grouping import Grouping
 from gradstats.install import install, plain, uninstall
 from gradstats.moments import SecondMoments
+from gradstats.order import Order
+from gradstats.self_check import SelfCheck
 from gradstats.stats import Coverage, GradStats, Moments
 
 HISTORY = 10_000
@@ -34,6 +36,7 @@ def attach(
     half_life: float = estimators.DEFAULT_HALF_LIFE,
     confidence: float = 0.9,
     fallback_bytes: int = 2**28,
+    self_check: int | None = None,
 ) -> Monitor:
     """Measure per-sample gradient statistics in the ordinary backward passes of `model`.
 
@@ -53,6 +56,9 @@ def attach(
         half_life: memory of the smoothed noise scale, in steps.
         confidence: of the noise scale's interval.
         fallback_bytes: memory for per-sample gradients of modules without rules, at a time.
+        self_check: every so many measured steps, compare one layer's squared norms of two samples
+            with their definition in float64 (see `gradstats.self_check`); such a step waits for the
+            device.
 
     Raises:
         AttachError: no trainable parameter, attached already, several devices or processes.
@@ -70,6 +76,7 @@ def attach(
         half_life=half_life,
         confidence=confidence,
         fallback_bytes=fallback_bytes,
+        self_check=self_check,
     )
 
 
@@ -90,12 +97,14 @@ class Monitor:
         half_life: float,
         confidence: float,
         fallback_bytes: int,
+        self_check: int | None,
     ) -> None:
         _one_of("method", method, ("per_sample",))
         _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
         _at_least("every", every, 1)
         _at_least("batch_dim", batch_dim, 0)
         _at_least("fallback_bytes", fallback_bytes, 1)
+        _at_least("self_check", 1 if self_check is None else self_check, 1)
         estimators.noise_scale([], [], [], half_life=half_life, confidence=confidence)
         self.every = every
         self._model = plain(model)
@@ -106,6 +115,9 @@ class Monitor:
         self._interposer = install(self._model, batch_dim, moments, fallback_bytes)
         self._owners = [self._owner(name) for name in self._interposer.index]
         self._moments = SecondMoments(self._interposer, self._params) if moments else None
+        places = dict(zip(self._interposer.index, self._owners, strict=True))
+        self._order = Order(self._interposer.ledger, places)
+        self._self_check = SelfCheck(self_check) if self_check else None
         self._attached = True
         self._steps = 0
         # Steps still on the device, until somebody reads.
@@ -125,6 +137,8 @@ class Monitor:
 
         Raises:
             NoStatisticsError: no backward went through the model since the last call.
+            OrderError: the gradients were changed, used or cleared before this call.
+            GradStatsError: the self check found a wrong number.
         """
         self._require_attached()
         interposer = self._interposer
@@ -139,6 +153,9 @@ class Monitor:
                 "depend on a trainable parameter."
             )
         try:
+            self._order.require_intact()
+            if self._self_check is not None:
+                self._self_check.finish()
             groups = record.group(deliveries)
         except GradStatsError:
             if self._moments:
@@ -266,6 +283,7 @@ class Monitor:
     def _series(self) -> tuple[list[int], list[float], list[float]]:
         """Per step: samples, tr_sigma, true_grad_sq_norm. Brings what is new from the device."""
         if self._pending:
+            self._order.require_unchanged()
             pending = list(self._pending)
             self._pending.clear()
             values = torch.stack([torch.stack(pair) for _, *pair in pending]).double().cpu()
@@ -320,6 +338,8 @@ class Monitor:
         """Leave the model as it was before `attach`. What was measured can still be read."""
         if self._attached:
             self._attached = False
+            if self._self_check is not None:
+                self._self_check.close()
             uninstall(self._model)
 
     def __enter__(self) -> Monitor:

@@ -34,6 +34,9 @@ SCHEMAS = {
     "multi_sq_norm": "(Tensor[] tensors) -> Tensor",
 }
 
+# Called with (operation, arguments, results) after each run; see `gradstats.self_check`.
+observers: list[Callable[[str, tuple[Any, ...], Any], None]] = []
+
 _library = torch.library.Library("gradstats", "DEF")
 
 
@@ -46,7 +49,10 @@ def _define(name: str) -> Callable[..., Any]:
     }.get(name, lambda a: a[0])
 
     def run(*args):  # type: ignore[no-untyped-def]
-        return backends.implementation(name, pick(args))(*args)
+        results = backends.implementation(name, pick(args))(*args)
+        for observe in observers:
+            observe(name, args, results)
+        return results
 
     _library.define(f"{name}{SCHEMAS[name]}", tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, run, "CompositeExplicitAutograd")

@@ -166,10 +166,12 @@ class Ledger:
 
     deliveries: list[Delivery] = field(default_factory=list)
     between: Callable[[], None] | None = None  # wants to run after each backward, before the next
+    settled: Callable[[], None] | None = None  # wants to run at the end of each backward
 
     def deliver(self, leaf: Tensor) -> None:
         """Hook of a leaf that belongs to one eager pass; it may fire in several parts."""
         task = torch._C._current_graph_task_id()
+        self._at_the_end(self.settled)
         for known in self.deliveries:
             if known.leaf is leaf:
                 known.task = min(known.task, task)
@@ -181,8 +183,13 @@ class Ledger:
         rows, leaf.grad = leaf.grad, None
         task = torch._C._current_graph_task_id()
         self.deliveries.append(Delivery(leaf.shape[1] - 1, task, rows=rows))
-        if self.between is not None:  # no eager code runs before the next compiled forward
-            torch.autograd.Variable._execution_engine.queue_callback(self.between)  # type: ignore[attr-defined]
+        self._at_the_end(self.between)  # no eager code runs before the next compiled forward
+        self._at_the_end(self.settled)
+
+    @staticmethod
+    def _at_the_end(callback: Callable[[], None] | None) -> None:
+        if callback is not None:
+            torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
     def take(self) -> list[Delivery]:
         """Everything delivered since the last call. Also frees the leaves for what comes later."""

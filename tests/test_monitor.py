@@ -222,6 +222,8 @@ EDGES = {
     "install": {"backends", "errors", "fallback", "interpose", "probes"},
     "record": {"errors", "ops", "probes", "stats"},
     "moments": {"interpose"},
+    "order": {"errors", "probes"},
+    "self_check": {"errors", "ops", "probes", "reference"},
     "monitor": {
         "advice",
         "errors",
@@ -229,7 +231,9 @@ EDGES = {
         "grouping",
         "install",
         "moments",
+        "order",
         "record",
+        "self_check",
         "stats",
     },
     "report": set(),
