@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from gradstats import truth
 from gradstats.batches import Samples
 from gradstats.calls import named, random_state, restore_random_state
+from gradstats.distributed import unwrapped
 from gradstats.errors import InvalidArgumentError
-from gradstats.install import plain
 from gradstats.report import CheckReport, LayerCheck, Path
 from gradstats.trial import TOLERANCES, Measured, Trial, joined
 from gradstats.truth import Truth
@@ -54,7 +54,7 @@ def check(
     """
     if samples < 2:
         raise InvalidArgumentError(f"samples={samples} must be at least 2, to tell them apart")
-    model, loss = plain(model), joined(loss_fn)
+    model, loss = unwrapped(model), joined(loss_fn)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise InvalidArgumentError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradstats import backends, fallback
+from gradstats import backends, distributed, fallback
 from gradstats.errors import AttachError
 from gradstats.interpose import Interposer
 from gradstats.probes import ATTRIBUTE, CONSTANT, Mark, new_m2_leaf
@@ -26,11 +26,6 @@ def _entered_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 _entered_forward.__name__ = "forward"  # so that a pickled model finds its class's forward
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile(module)`, whose parameters have their own names."""
-    return getattr(model, "_orig_mod", model)
 
 
 def install(model: nn.Module, batch_dim: int, moments: bool, chunk_bytes: int) -> Interposer:
@@ -129,10 +124,4 @@ def _check(model: nn.Module, params: dict[str, nn.Parameter]) -> None:
                 f"module {name!r} is a TorchScript module, whose operations cannot be seen. Attach "
                 "to the eager module, or use torch.compile."
             )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world = torch.distributed.get_world_size()
-        if world > 1:
-            raise AttachError(
-                f"{world} processes share this training run, and this version measures one process "
-                "only. Measure on one process, with the batch that all of them show together."
-            )
+    distributed.check(model)

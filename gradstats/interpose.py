@@ -116,6 +116,7 @@ class Interposer(Answers, TorchFunctionMode):
         self.recorder: Recorder | None = None
         self._canonical = {alias: name for name, group in aliases.items() for alias in group}
         self._passes: list[Pass] = []
+        self.adopted: Callable[[str, Tensor], None] | None = None  # told of new parameter objects
 
     def __deepcopy__(self, memo: Any) -> None:
         """Copies and pickles of an attached model come without: their entries hold None."""
@@ -238,6 +239,8 @@ class Interposer(Answers, TorchFunctionMode):
         name = self._canonical.get(alias)
         if name is not None:
             setattr(param, ATTRIBUTE, self.marks[name])
+            if self.adopted is not None:
+                self.adopted(name, param)
 
     def _run_fallback(self, module: Any, path: str, original: Any, args: Any, kwargs: Any) -> Any:
         self.suspended = True

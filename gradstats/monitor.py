@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gradstats import advice, estimators, record
+from gradstats import advice, distributed, estimators, record
 from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
 from gradstats.grouping import Grouping
-from gradstats.install import install, plain, uninstall
+from gradstats.install import install, uninstall
 from gradstats.moments import SecondMoments
 from gradstats.order import Order
 from gradstats.self_check import SelfCheck
@@ -37,11 +38,14 @@ def attach(
     confidence: float = 0.9,
     fallback_bytes: int = 2**28,
     self_check: int | None = None,
+    process_group: Any = None,
 ) -> Monitor:
     """Measure per-sample gradient statistics in the ordinary backward passes of `model`.
 
     The model's outputs and gradients do not change, nothing in it is replaced, and `detach()` undoes
-    it. Works before or after `torch.compile`.
+    it. Works before or after `torch.compile`, and before or after wrapping in DistributedDataParallel
+    or `fully_shard`. Where several processes train together, all must call `attach` and
+    `Monitor.step`, with the same arguments: the ranks' statistics are joined in every step.
 
     Args:
         model: any module that treats the samples of a batch independently.
@@ -59,9 +63,11 @@ def attach(
         self_check: every so many measured steps, compare one layer's squared norms of two samples
             with their definition in float64 (see `gradstats.self_check`); such a step waits for the
             device.
+        process_group: the processes whose gradients are averaged (default: DDP's group, else all).
 
     Raises:
-        AttachError: no trainable parameter, attached already, several devices or processes.
+        AttachError: no trainable parameter, attached already, several devices, tensor parallel or FSDP1,
+            or ranks that do not attach alike.
         InvalidArgumentError: an argument is out of range.
     """
     return Monitor(
@@ -77,6 +83,7 @@ def attach(
         confidence=confidence,
         fallback_bytes=fallback_bytes,
         self_check=self_check,
+        process_group=process_group,
     )
 
 
@@ -98,6 +105,7 @@ class Monitor:
         confidence: float,
         fallback_bytes: int,
         self_check: int | None,
+        process_group: Any,
     ) -> None:
         _one_of("method", method, ("per_sample",))
         _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
@@ -107,24 +115,35 @@ class Monitor:
         _at_least("self_check", 1 if self_check is None else self_check, 1)
         estimators.noise_scale([], [], [], half_life=half_life, confidence=confidence)
         self.every = every
-        self._model = plain(model)
+        self._group = distributed.group_of(model, process_group)
+        self._model = distributed.unwrapped(model)
         self._optimizer = optimizer
         self._summed = loss_reduction == "sum"
         self._per_layer = per_layer
         self._half_life, self._confidence = half_life, confidence
         self._interposer = install(self._model, batch_dim, moments, fallback_bytes)
         self._owners = [self._owner(name) for name in self._interposer.index]
-        self._moments = SecondMoments(self._interposer, self._params) if moments else None
+        settings = repr((every, moments, batch_dim, loss_reduction, self._interposer.dtype))
+        try:
+            self._ranks = distributed.join_ranks(
+                self._model, self._interposer, self._group, settings, moments
+            )
+        except BaseException:
+            uninstall(self._model)
+            raise
+        self._moments = None
+        if moments:
+            self._moments = SecondMoments(self._interposer, self._params, self._ranks)
         places = dict(zip(self._interposer.index, self._owners, strict=True))
         self._order = Order(self._interposer.ledger, places)
         self._self_check = SelfCheck(self_check) if self_check else None
         self._attached = True
         self._steps = 0
         # Steps still on the device, until somebody reads.
-        self._pending: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=HISTORY)
+        self._pending: deque[tuple[int | Tensor, Tensor, Tensor]] = deque(maxlen=HISTORY)
         self._history: deque[tuple[int, float, float]] = deque(maxlen=HISTORY)
         self._last_coverage: Coverage | float = 1.0
-        self._last_batch: int | None = None
+        self._last_batch: int | Tensor | None = None
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -133,7 +152,8 @@ class Monitor:
 
         Everything that was propagated backward since the last call belongs to the step, in any
         number of micro-batches. Does not wait for the device. Returns None on a step that `every`
-        leaves out.
+        leaves out. Where several processes train together, every one must call it, after a backward
+        whose gradients were averaged: it holds one collective.
 
         Raises:
             NoStatisticsError: no backward went through the model since the last call.
@@ -144,35 +164,43 @@ class Monitor:
         interposer = self._interposer
         if not interposer.enabled:
             return self._next(None)
+        names, params = tuple(interposer.index), self._params()
+        distributed.require_joined(self._ranks, self._group, params)
         deliveries, reasons = interposer.take()
-        if not deliveries:
-            raise NoStatisticsError(
-                "step() found no backward pass through the attached model since the last step(). "
-                "Call it once per optimizer step, after loss.backward(); the forward must run with "
-                "gradients enabled (not under torch.no_grad or inference_mode) and its loss must "
-                "depend on a trainable parameter."
-            )
         try:
             self._order.require_intact()
             if self._self_check is not None:
                 self._self_check.finish()
             groups = record.group(deliveries)
         except GradStatsError:
-            if self._moments:
-                self._moments.take([])  # what they gathered belongs to no step
+            self._give_up(params)
             raise
-        m2 = self._moments.take([n for n, _ in groups]) if self._moments else {}
+        if self._ranks is None:
+            joined, local = None, record.gather(names, params, groups, reasons)
+        else:
+            absent = self._ranks.absent(params)
+            local = record.gather(names, params, groups, reasons, absent)
+            joined = self._ranks.join(params, local)
+        m2 = self._moments.take([n for n, _ in groups], joined) if self._moments else {}
+        if self._ranks is not None and joined is not None:
+            error = self._ranks.finish(joined)
+            if error is not None:
+                self._next(None)
+                raise error
         stats = record.build(
-            tuple(interposer.index),
-            self._params(),
-            groups,
-            reasons,
-            self._summed,
-            self._per_layer,
-            m2,
+            names, params, local, joined, reasons, self._summed, self._per_layer, m2
         )
-        self._pending.append((stats.num_samples, stats.mean_sq_norm, stats.grad_sq_norm))
+        self._pending.append((stats.samples, stats.mean_sq_norm, stats.grad_sq_norm))
         return self._next(stats)
+
+    def _give_up(self, params: list[Tensor]) -> None:
+        """No statistics here: forget what belongs to no step, and let no other rank wait for it."""
+        joined = self._ranks.join_failed(params) if self._ranks else None
+        if self._moments:
+            self._moments.take([], joined)
+        if self._ranks:
+            self._ranks.forget()
+            self._next(None)  # as the others do, so that `every` leaves out the same steps
 
     @contextmanager
     def samples(self, ids: Tensor, num_samples: int | None = None) -> Iterator[None]:
@@ -199,7 +227,7 @@ class Monitor:
         self._steps += 1
         self._interposer.enabled = self._steps % self.every == 0
         if stats is not None:  # not the record itself, which may hold a tensor for every weight
-            self._last_coverage, self._last_batch = stats.coverage, stats.num_samples
+            self._last_coverage, self._last_batch = stats.coverage, stats.samples
         return stats
 
     def _owner(self, name: str) -> tuple[dict[str, Any], str]:
@@ -258,8 +286,9 @@ class Monitor:
         Raises:
             NoStatisticsError: nothing was measured yet.
         """
-        if batch_size is None:
-            batch_size = self._last_batch
+        ranks = 1 if self._ranks is None else self._ranks.size
+        if batch_size is None and self._last_batch is not None:
+            batch_size = math.ceil(int(self._last_batch) / ranks) * ranks
         if not batch_size:
             raise NoStatisticsError(
                 "recommend() needs at least one measured step to know the present batch size. Train "
@@ -278,6 +307,7 @@ class Monitor:
             step_seconds=step_seconds,
             max_micro_batch_size=max_micro_batch_size,
             max_batch_size=max_batch_size,
+            world_size=ranks,
         )
 
     def _series(self) -> tuple[list[int], list[float], list[float]]:
@@ -287,7 +317,10 @@ class Monitor:
             pending = list(self._pending)
             self._pending.clear()
             values = torch.stack([torch.stack(pair) for _, *pair in pending]).double().cpu()
-            for (n, *_), (mean_sq, grad_sq) in zip(pending, values, strict=True):
+            counted: list[Any] = [n for n, *_ in pending]
+            if self._ranks is not None:
+                counted = torch.stack(counted).long().tolist()
+            for n, (mean_sq, grad_sq) in zip(counted, values, strict=True):
                 step = Moments(n, 1, mean_sq, grad_sq)
                 self._history.append((n, float(step.tr_sigma), float(step.true_grad_sq_norm)))
         counts = [n for n, _, _ in self._history]
@@ -309,7 +342,7 @@ class Monitor:
             "tr_sigma": tr_sigma,
             "true_grad_sq_norm": true_grad,
             "coverage": self._coverage(),
-            "batch_size": self._last_batch,
+            "batch_size": None if self._last_batch is None else int(self._last_batch),
             "parameters": list(self._interposer.index),
         }
 
@@ -340,6 +373,8 @@ class Monitor:
             self._attached = False
             if self._self_check is not None:
                 self._self_check.close()
+            if self._ranks is not None:
+                self._ranks.close()
             uninstall(self._model)
 
     def __enter__(self) -> Monitor:

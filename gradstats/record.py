@@ -3,20 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradstats.errors import BatchDimError
+from gradstats.errors import BatchDimError, NoStatisticsError
 from gradstats.ops import call
 from gradstats.probes import Delivery
-from gradstats.stats import Coverage, GradStats, Scaled
+from gradstats.stats import Coverage, GradStats, Scaled, at_least_one
+
+
+@dataclass
+class Local:
+    """What this process found in a step, a row per parameter, in units of `p.grad`'s own sums."""
+
+    num_samples: int
+    sq_norm: Tensor  # (P, N) of each sample's contribution to this process's gradient
+    ok: Tensor  # (P,) delivered as it should be
+    grad_sq_norm: Tensor  # (P,) of p.grad, or of what this process holds of it
+    trainable: tuple[bool, ...]
+    lost: Tensor | None = None  # (P,) contributed to, but without a gradient
+
+
+@dataclass
+class Joined:
+    """What the processes that train together found; the same on each of them. (P,) per parameter."""
+
+    ranks: int
+    num_samples: Tensor  # 0-d, of all
+    sum_sq_norm: Tensor  # of all samples' contributions, each to its own process's gradient
+    grad_sq_norm: Tensor
+    ok: Tensor
+    failed: Tensor  # 0-d, on how many step() failed
+    causes: tuple[tuple[Tensor, str], ...]  # why parameters were not measured
 
 
 def group(deliveries: Sequence[Delivery]) -> list[tuple[int, Tensor]]:
     """Deliveries of one backward() call are of the same samples: (batch, rows (P, B + 1)) each."""
+    if not deliveries:
+        raise NoStatisticsError(
+            "step() found no backward pass through the attached model since the last step(). "
+            "Call it once per optimizer step, after loss.backward(); the forward must run with "
+            "gradients enabled (not under torch.no_grad or inference_mode) and its loss must "
+            "depend on a trainable parameter."
+        )
     groups: dict[int, tuple[int, Tensor]] = {}
     for delivery in deliveries:
         rows = delivery.gradient()
@@ -34,18 +67,17 @@ def group(deliveries: Sequence[Delivery]) -> list[tuple[int, Tensor]]:
     return list(groups.values())
 
 
-def build(
+def gather(
     names: tuple[str, ...],
     params: Sequence[Tensor],
     groups: Sequence[tuple[int, Tensor]],
     reasons: Mapping[str, str],
-    summed_loss: bool,
-    per_layer: bool,
-    m2: Mapping[str, Tensor],
-) -> GradStats:
-    """The record. `names` and `params` are all parameters in row order; `m2` their Σ(c_i − c̄)²."""
-    n = sum(batch for batch, _ in groups)
-    unit = 1.0 if summed_loss else float(n)  # g_i = unit · c_i
+    absent: Sequence[bool] | None = None,
+) -> Local:
+    """This process's part. `names` and `params` are all parameters in row order.
+
+    `absent`: the parameters that got nothing from this process (default: those without gradient).
+    """
     if len(groups) == 1:
         rows = groups[0][1]
         delivered, ok = rows[:, :-1], rows[:, -1] == 1
@@ -53,33 +85,70 @@ def build(
         delivered = torch.cat([r[:, :-1] for _, r in groups], 1)
         counts = torch.stack([r[:, -1] for _, r in groups], 1)
         ok = (counts <= 1).all(1) & (counts.sum(1) >= 1)
-    sq_norm = delivered * unit**2
     trainable = tuple([p.requires_grad for p in params])
     received = tuple([p.requires_grad and p.grad is not None for p in params])
-    if not all(received):  # no gradient, no contribution: measured, as zero
-        ok = ok | ~_on_device(received, sq_norm.device)
+    present = received if absent is None else tuple([not yes for yes in absent])
+    if not all(present):  # no gradient, no contribution: measured, as zero
+        ok = ok | ~_on_device(present, delivered.device)
+    lost = None
+    if present is not received:
+        without = tuple([a and not b for a, b in zip(present, received, strict=True)])
+        if any(without):
+            lost = _on_device(without, delivered.device)
+            ok = ok & ~lost
     if reasons:
-        ok = ok & ~_on_device(tuple(name in reasons for name in names), sq_norm.device)
-    grad_sq = _grad_sq_norms(params, received, sq_norm)
-    if unit != n:
-        grad_sq = grad_sq * (unit / max(n, 1)) ** 2
+        ok = ok & ~_on_device(tuple(name in reasons for name in names), delivered.device)
+    grad_sq = _grad_sq_norms(params, received, delivered)
+    return Local(sum(batch for batch, _ in groups), delivered, ok, grad_sq, trainable, lost)
+
+
+def build(
+    names: tuple[str, ...],
+    params: Sequence[Tensor],
+    local: Local,
+    joined: Joined | None,
+    reasons: Mapping[str, str],
+    summed_loss: bool,
+    per_layer: bool,
+    m2: Mapping[str, Tensor],
+) -> GradStats:
+    """The record. `m2`: Σ(c_i − c̄)² by name, of all processes, in the units of `local`."""
+    n: Any = local.num_samples if joined is None else joined.num_samples
+    ok, grad_sq = (
+        (local.ok, local.grad_sq_norm) if joined is None else (joined.ok, joined.grad_sq_norm)
+    )
+    ranks = 1 if joined is None else joined.ranks
+    # A process's gradient is divided by their number: g_i = unit · contribution, Ḡ = mean · p.grad.
+    unit = 1.0 if summed_loss else n / ranks
+    sq_norm = local.sq_norm * unit**2
+    if summed_loss:
+        grad_sq = grad_sq * (ranks / at_least_one(n)) ** 2
     counted = ok.to(sq_norm.dtype)
     counted = counted / counted.amax()  # nothing measured: 0/0, and every total is NaN
     total = torch.mv(sq_norm.t(), counted)
+    if joined is None:
+        means, mean = None, total.sum() / at_least_one(n)
+    else:
+        means = (joined.sum_sq_norm * (unit**2 / at_least_one(n))).to(sq_norm.dtype)
+        mean = torch.dot(means, counted)
     part: Any = slice(None)
-    if not all(trainable):
-        part = _indices(tuple([i for i, yes in enumerate(trainable) if yes]), sq_norm.device)
-    known, sizes = _trainable(names, trainable, tuple([p.numel() for p in params]))
+    if not all(local.trainable):
+        indices = tuple([i for i, yes in enumerate(local.trainable) if yes])
+        part = _indices(indices, sq_norm.device)
+    known, sizes = _trainable(names, local.trainable, tuple([p.numel() for p in params]))
+    causes = () if joined is None else tuple([(mask[part], text) for mask, text in joined.causes])
+    free = n - 1 if isinstance(n, int) else torch.where(n > 1, n - 1, torch.nan)
     return GradStats(
-        num_samples=n,
+        samples=n,
         num_groups=1,
-        mean_sq_norm=total.sum() / max(n, 1),
+        mean_sq_norm=mean,
         grad_sq_norm=torch.dot(grad_sq, counted),
         per_sample_sq_norm=total,
-        coverage=Coverage(known, sizes, ok[part], reasons),
-        grad_var=Scaled(m2, unit**2 / (n - 1)) if m2 and n > 1 else {},
+        coverage=Coverage(known, sizes, ok[part], reasons, causes),
+        grad_var=Scaled(m2, unit**2 / free) if m2 and not (isinstance(n, int) and n < 2) else {},
         layer_sq_norm=sq_norm[part] if per_layer else None,
         layer_grad_sq_norm=grad_sq[part] if per_layer else None,
+        layer_mean_sq_norm=means[part] if per_layer and means is not None else None,
     )
 
 
@@ -108,8 +177,15 @@ def _grad_sq_norms(params: Sequence[Tensor], received: Sequence[bool], like: Ten
     grads = [p.grad for p, yes in zip(params, received, strict=True) if yes]
     if not grads:
         return like.new_zeros(len(params))
-    norms = call.multi_sq_norm([g.to_dense() if g.is_sparse else g for g in grads]).to(like.dtype)  # type: ignore[union-attr]
+    norms = call.multi_sq_norm([_held(g) for g in grads]).to(like.dtype)
     if all(received):
         return norms  # type: ignore[no-any-return]
     where = _indices(tuple(i for i, yes in enumerate(received) if yes), like.device)
     return like.new_zeros(len(params)).index_copy(0, where, norms)
+
+
+def _held(grad: Any) -> Tensor:
+    """The gradient as a plain tensor; of a sharded one, this process's shard."""
+    if type(grad) is not Tensor and hasattr(grad, "to_local"):
+        return grad.to_local()  # type: ignore[no-any-return]
+    return grad.to_dense() if grad.is_sparse else grad  # type: ignore[no-any-return]

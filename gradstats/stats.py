@@ -27,26 +27,41 @@ from torch import Tensor
 from gradstats.errors import InvalidArgumentError
 
 
+def at_least_one(count: int | Tensor) -> int | Tensor:
+    """To divide by; a tensor stays one."""
+    return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
+
+
 @dataclass(frozen=True)
 class Moments:
-    """What a whole record and each of its layers have in common. All tensors are 0-d."""
+    """What a whole record and each of its layers have in common. All tensors are 0-d.
 
-    num_samples: int
+    `samples`: on the device where it was counted over several processes.
+    """
+
+    samples: int | Tensor
     num_groups: int
     mean_sq_norm: Tensor
     grad_sq_norm: Tensor
 
     @property
+    def num_samples(self) -> int:
+        """N, of all processes. Waits for the device where there are several."""
+        return int(self.samples)
+
+    @property
     def tr_sigma(self) -> Tensor:
         """Trace of the per-sample gradient covariance, unbiased. NaN where N = K."""
-        n, k = self.num_samples, self.num_groups
+        n, k = self.samples, self.num_groups
         spread = self.mean_sq_norm - self.grad_sq_norm
+        if isinstance(n, Tensor):
+            return spread * torch.where(n > k, n / (n - k), torch.nan).to(spread.dtype)
         return spread * (n / (n - k)) if n > k else torch.full_like(spread, torch.nan)
 
     @property
     def true_grad_sq_norm(self) -> Tensor:
         """|G|², unbiased: negative where the noise happens to outweigh it."""
-        return self.grad_sq_norm - self.tr_sigma * (self.num_groups / max(self.num_samples, 1))
+        return self.grad_sq_norm - self.tr_sigma * (self.num_groups / at_least_one(self.samples))
 
     @property
     def noise_scale(self) -> Tensor:
@@ -56,19 +71,23 @@ class Moments:
 
 @dataclass(frozen=True)
 class LayerStats(Moments):
-    """The same for one parameter: `per_sample_sq_norm` is (N,)."""
+    """The same for one parameter: `per_sample_sq_norm` is (N,), of this process's samples."""
 
     per_sample_sq_norm: Tensor
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of the model a record speaks for. Reading it waits for the device."""
+    """How much of the model a record speaks for. Reading it waits for the device.
+
+    `causes`: reasons that are known on the device only, each with the parameters it is true of.
+    """
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
     measured_mask: Tensor
     reasons: Mapping[str, str] = field(default_factory=dict)
+    causes: Sequence[tuple[Tensor, str]] = ()
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -91,13 +110,18 @@ class Coverage:
             "the model's forward, as by a penalty added to the loss?"
         )
         known = set(self.measured)
-        return {n: self.reasons.get(n, unseen) for n in self.names if n not in known}
+        found = dict(self.reasons)
+        for mask, reason in self.causes:
+            for name, true in zip(self.names, mask.tolist(), strict=True):
+                if true:
+                    found.setdefault(name, reason)
+        return {n: found.get(n, unseen) for n in self.names if n not in known}
 
 
 class Scaled(Mapping[str, Tensor]):
     """Tensors by name that are multiplied by `factor` when they are first asked for."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], factor: float) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], factor: float | Tensor) -> None:
         self._tensors = dict(tensors)
         self._factor = factor
         self._scaled: set[str] = set()
@@ -135,10 +159,12 @@ class _Layers(Mapping[str, LayerStats]):
 
 @dataclass(frozen=True)
 class GradStats(Moments):
-    """Statistics of one step, of this process's samples. Nothing here was read from the device yet.
+    """Statistics of one step. Nothing here was read from the device yet.
 
     `per_sample_sq_norm`: (N,), ‖g_i‖² over all measured parameters. `layer_*` are the same per
     parameter, in the order of `coverage.names`: `layer_sq_norm` (P, N), `layer_grad_sq_norm` (P,).
+    Where several processes train together, these two hold this process's samples, and everything
+    else is of all of them: `layer_mean_sq_norm` (P,) is then kept, for the rows do not show it.
     `grad_var`: with `moments=True`, each measured weight's unbiased per-sample gradient variance, in
     the weight's shape; its sum is that layer's `tr_sigma`.
     """
@@ -148,20 +174,24 @@ class GradStats(Moments):
     grad_var: Mapping[str, Tensor] = field(default_factory=dict)
     layer_sq_norm: Tensor | None = None
     layer_grad_sq_norm: Tensor | None = None
+    layer_mean_sq_norm: Tensor | None = None
 
     @property
     def layers(self) -> Mapping[str, LayerStats]:
         """Per parameter, by name; parameters that were not measured hold NaN."""
-        rows, grads = self.layer_sq_norm, self.layer_grad_sq_norm
+        rows, grads, means = self.layer_sq_norm, self.layer_grad_sq_norm, self.layer_mean_sq_norm
         if rows is None or grads is None:
             return {}
 
         def make(i: int) -> LayerStats:
             ok = self.coverage.measured_mask[i]
             row = torch.where(ok, rows[i], torch.nan)
-            mean = row.sum() / max(self.num_samples, 1)
+            if means is None:
+                mean = row.sum() / at_least_one(self.samples)
+            else:
+                mean = torch.where(ok, means[i], torch.nan)
             grad = torch.where(ok, grads[i], torch.nan)
-            return LayerStats(self.num_samples, self.num_groups, mean, grad, row)
+            return LayerStats(self.samples, self.num_groups, mean, grad, row)
 
         return _Layers(self.coverage.names, make)
 
@@ -177,35 +207,39 @@ class GradStats(Moments):
                 "records of different models cannot be merged: their parameters are "
                 f"{list(self.coverage.names)[:3]}… and {list(other.coverage.names)[:3]}…"
             )
-        n, m = self.num_samples, other.num_samples
-        total = max(n + m, 1)
+        n, m = self.samples, other.samples
+        total = at_least_one(n + m)
 
         def pool(a: Tensor, b: Tensor) -> Tensor:
             return (a * n + b * m) / total
 
         both = self.coverage.measured_mask & other.coverage.measured_mask
         reasons = {**self.coverage.reasons, **other.coverage.reasons}
-        rows = grads = None
+        causes = (*self.coverage.causes, *other.coverage.causes)
+        rows = grads = means = None
         if self.layer_sq_norm is not None and other.layer_sq_norm is not None:
             assert self.layer_grad_sq_norm is not None
             assert other.layer_grad_sq_norm is not None
             rows = torch.cat([self.layer_sq_norm, other.layer_sq_norm], 1)
             grads = pool(self.layer_grad_sq_norm, other.layer_grad_sq_norm)
+            if self.layer_mean_sq_norm is not None and other.layer_mean_sq_norm is not None:
+                means = pool(self.layer_mean_sq_norm, other.layer_mean_sq_norm)
         free, more = n - self.num_groups, m - other.num_groups
         return GradStats(
-            num_samples=n + m,
+            samples=n + m,
             num_groups=self.num_groups + other.num_groups,
             mean_sq_norm=pool(self.mean_sq_norm, other.mean_sq_norm),
             grad_sq_norm=pool(self.grad_sq_norm, other.grad_sq_norm),
             per_sample_sq_norm=torch.cat([self.per_sample_sq_norm, other.per_sample_sq_norm]),
-            coverage=Coverage(self.coverage.names, self.coverage.sizes, both, reasons),
+            coverage=Coverage(self.coverage.names, self.coverage.sizes, both, reasons, causes),
             grad_var={
-                name: (free * var + more * other.grad_var[name]) / max(free + more, 1)
+                name: (free * var + more * other.grad_var[name]) / at_least_one(free + more)
                 for name, var in self.grad_var.items()
                 if name in other.grad_var
             },
             layer_sq_norm=rows,
             layer_grad_sq_norm=grads,
+            layer_mean_sq_norm=means,
         )
 
     @staticmethod

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gradstats.distributed import ALONE
 from gradstats.errors import GradStatsError, InvalidArgumentError
 from gradstats.fallback import FallbackWarning
 from gradstats.monitor import attach
@@ -160,7 +161,9 @@ class Trial:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FallbackWarning)
-                monitor = attach(model, batch_dim=batch_dim, loss_reduction="sum")
+                monitor = attach(
+                    model, batch_dim=batch_dim, loss_reduction="sum", process_group=ALONE
+                )
                 self.loss(model, batch).backward()
             fallbacks = monitor.fallbacks()
             stats = monitor.step()

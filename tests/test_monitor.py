@@ -219,13 +219,15 @@ EDGES = {
     "uses": {"calls", "errors", "grouping", "layout", "probes", "rules"},
     "interpose": {"calls", "errors", "grouping", "layout", "probes", "rules", "uses"},
     "fallback": {"calls", "interpose", "probes", "reference"},
-    "install": {"backends", "errors", "fallback", "interpose", "probes"},
     "record": {"errors", "ops", "probes", "stats"},
-    "moments": {"interpose"},
+    "distributed": {"calls", "errors", "interpose", "record"},
+    "install": {"backends", "distributed", "errors", "fallback", "interpose", "probes"},
+    "moments": {"distributed", "interpose", "record"},
     "order": {"errors", "probes"},
     "self_check": {"errors", "ops", "probes", "reference"},
     "monitor": {
         "advice",
+        "distributed",
         "errors",
         "estimators",
         "grouping",
@@ -239,9 +241,9 @@ EDGES = {
     "report": set(),
     "batches": set(),
     "mixing": {"calls"},
-    "trial": {"errors", "fallback", "monitor", "stats"},
+    "trial": {"distributed", "errors", "fallback", "monitor", "stats"},
     "truth": {"batches", "calls", "errors", "mixing", "trial"},
-    "checking": {"batches", "calls", "errors", "install", "report", "trial", "truth"},
+    "checking": {"batches", "calls", "distributed", "errors", "report", "trial", "truth"},
 }
 
 
