@@ -46,3 +46,13 @@ def test_gpu_dry_run() -> None:
     operations = ("linear", "norm", "embedding", "conv", "tied", "multi")
     text = _run("gpu.py", "--dry-run", "--only", *operations)
     assert text.endswith("dry run on the CPU: every check passed\n")
+
+
+def test_conformance_of_gradstats_alone(tmp_path: Path) -> None:
+    out = tmp_path / "conformance.json"
+    _run("conformance.py", "--no-peers", "--json", str(out))
+    rows = json.loads(out.read_text())["situations"]
+    cells = {name: row["cells"]["gradstats"] for name, row in rows.items()}
+    assert not [name for name, cell in cells.items() if cell["verdict"] == "wrong"]
+    refused = {name for name, cell in cells.items() if cell["verdict"] == "refused"}
+    assert refused <= {"sparse", "by_frequency", "batch_norm", "experts", "backward_twice"}
