@@ -152,7 +152,10 @@ def markdown(rows: Rows, grouped: bool) -> str:
         key = tuple(c.shown() for c in cells.values())
         lines.setdefault(key if grouped else (*key, name), []).append(SITUATIONS[name].text)
     text = [f"| situation | {' | '.join(tools)} |", "|---" * (1 + len(tools)) + "|"]
-    for key, texts in lines.items():
+    # Where most agree first, what gradstats does not take last.
+    order = sorted(lines, key=lambda k: (k[0] != "exact", -k.count("exact"))) if grouped else lines
+    for key in order:
+        texts = lines[key]
         text.append(f"| {'; '.join(texts)} | {' | '.join(key[: len(tools)])} |")
     numbers = [" / ".join(map(str, counts(rows, tool))) for tool in tools]
     text.append(f"| exact / refused / wrong, of {len(rows)} | {' | '.join(numbers)} |")
