@@ -94,9 +94,14 @@ class Ranks:
         """Runs after a gradient was added to `p.grad`."""
         if not self._interposer.enabled:
             return
+        if param.grad is None:
+            return
         self._arrived.add(row)
         if self._keeps:
-            grad = self._held.pop(row)
+            grad = self._held.pop(row, None)
+            if grad is None:  # torch 2.9 under a checkpoint; a step's first is all of p.grad
+                grad = param.grad.detach()
+                grad = torch.full_like(grad, torch.nan) if row in self._sums else grad
             wide = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
             self._sums[row] = self._sums[row].add_(wide) if row in self._sums else wide
 
