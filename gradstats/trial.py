@@ -167,10 +167,8 @@ class Trial:
                 self.loss(model, batch).backward()
             fallbacks = monitor.fallbacks()
             stats = monitor.step()
-        except GradStatsError as refusal:
-            if isinstance(refusal, InvalidArgumentError):
-                raise
-            return Measured(None, refusal=refusal)
+        except Exception as error:  # the plain run went well: whatever it is comes of measuring
+            return Measured(None, refusal=_refusal(error))
         finally:
             if monitor is not None:
                 monitor.detach()
@@ -180,6 +178,15 @@ class Trial:
 
 def _coarseness(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
+
+
+def _refusal(error: Exception) -> GradStatsError:
+    if isinstance(error, GradStatsError) and not isinstance(error, InvalidArgumentError):
+        return error
+    return GradStatsError(
+        f"the model runs as it is, but not with gradstats attached: {_line(error.__cause__ or error)}. "
+        "The rule of a function it uses fails, or gradstats does; if no rule is yours, please report it."
+    )
 
 
 def _line(error: BaseException) -> str:

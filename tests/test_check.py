@@ -111,6 +111,33 @@ def _add_or_hypot(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.hypot(x, b) if attached else x + b
 
 
+def test_a_rule_that_fails_is_reported(monkeypatch) -> None:
+    def hypot(use, func, x, b):  # type: ignore[no-untyped-def]
+        raise ZeroDivisionError("no such luck")
+
+    monkeypatch.setitem(RULES, torch.hypot, hypot)
+    report = gradstats.check(Hypot(), squares, torch.randn(5, 6))
+    assert not report.ok
+    assert len(report.problems) == 1
+    assert "not with gradstats attached: ZeroDivisionError: no such luck" in report.problems[0]
+    assert all(layer.path == "uncovered" for layer in report.layers)
+    assert "0 of 3 trainable parameters" in report.sentence
+
+
+def test_a_model_that_cannot_be_copied_is_said() -> None:
+    model = nn.Linear(6, 2)
+    model.kept = model(torch.randn(3, 6))
+    with pytest.raises(gradstats.InvalidArgumentError, match="Linear cannot be copied"):
+        gradstats.check(model, squares, torch.randn(5, 6))
+
+
+def test_several_processes_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(gradstats.InvalidArgumentError, match="check works in one process"):
+        gradstats.check(nn.Linear(6, 2), squares, torch.randn(5, 6))
+
+
 class Centred(nn.Module):
     """Mixes samples in plain code between two layers."""
 
@@ -225,18 +252,42 @@ def test_the_loss_reduction_is_found(loss_fn, reduction: str, call: str) -> None
 
 
 def test_what_gradstats_does_not_measure_is_named() -> None:
-    class Mixer(nn.Module):  # refuses the fallback, for it looks at the number of its samples
+    class Beside(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.w = nn.Parameter(torch.ones(6))
+            self.inner, self.prior = nn.Linear(6, 3), nn.Parameter(torch.ones(3))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * self.w.exp() * len(x) / len(x) if len(x) > 1 else x * self.w
+            return self.inner(x)
 
-    report = gradstats.check(Mixer(), squares, torch.randn(6, 6))
-    assert not report.ok
-    text = str(gradstats.check(nn.Embedding(5, 3, sparse=True), squares, torch.arange(6) % 5))
-    assert "problem: the model: an embedding with" in text
+    def with_prior(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return squares(model, batch) + model.prior.square().sum()
+
+    report = gradstats.check(Beside(), with_prior, torch.randn(6, 6))
+    assert [layer.name for layer in report.layers if layer.path == "uncovered"] == ["prior"]
+    assert "'prior' (Beside) is not measured: " in report.problems[0]
+    assert "outside the model's forward" in report.problems[0]
+    unused = gradstats.check(Beside(), squares, torch.randn(6, 6))
+    assert (unused.ok, unused.layers[0].path) == (True, "unused")
+
+
+def test_what_gradstats_refuses_is_reported() -> None:
+    sparse = gradstats.check(nn.Embedding(5, 3, sparse=True), squares, torch.arange(6) % 5)
+    assert sparse.problems[0].startswith("the model: an embedding with")
+
+    class Given(nn.Module):  # ambiguous in the whole batch only, where there are as many positions
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.head = nn.Embedding(9, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            at = (x[0, :, 0] * 0 + 1).cumsum(0).long()
+            return self.head(torch.tanh(x + self.positions(at)))
+
+    assert gradstats.check(Given(), squares, torch.randn(6, 7, 6)).ok
+    report = gradstats.check(Given(), squares, torch.randn(7, 7, 6))
+    assert "layer 'positions': 7 ids could be one id per sample" in report.problems[0]
+    assert {layer.path for layer in report.layers} == {"uncovered"}
 
 
 def test_a_model_that_needs_its_own_dtype_is_compared_in_it() -> None:
