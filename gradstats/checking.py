@@ -50,8 +50,7 @@ def check(
 
     Raises:
         InvalidArgumentError: `loss_fn` fails on the batch, is no scalar or does not use the model it
-            is given, the model cannot be copied, several processes train together, or an argument is
-            out of range.
+            is given, the model cannot be copied, or an argument is out of range.
     """
     if samples < 2:
         raise InvalidArgumentError(f"samples={samples} must be at least 2, to tell them apart")
@@ -60,12 +59,6 @@ def check(
     if not trainable:
         raise InvalidArgumentError(
             f"{type(model).__name__} has no trainable parameter, so there is nothing to check"
-        )
-    ranks = torch.distributed
-    if ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1:
-        raise InvalidArgumentError(
-            "check works in one process, and several share this training run. Check the plain model "
-            "(not wrapped in DDP or FSDP) on its own, as `python -m gradstats check` does."
         )
     state = random_state(trainable[0].device)
     try:
