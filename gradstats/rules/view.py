@@ -56,8 +56,9 @@ def _rows(param: Tensor, index: Any) -> Part | None:
     if isinstance(first, int):
         return 0, first % n, first % n + 1
     if isinstance(first, slice):
-        begin, end, step = first.indices(n)
-        return (0, begin, end) if step == 1 and (begin, end) != (0, n) else None
+        kept = range(n)[first]  # slice.indices, but the compiler of torch 2.9 can trace it
+        begin, end = kept.start, kept.stop
+        return (0, begin, end) if kept.step == 1 and (begin, end) != (0, n) else None
     return None
 
 
