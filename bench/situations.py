@@ -158,7 +158,7 @@ add("not_contiguous", "input that is not contiguous", two,
 add("autocast", "bfloat16 autocast", two, sequence, tolerance=5e-2,
     context=lambda: torch.autocast("cpu", torch.bfloat16))
 add("half", "float16, squares above 65504", two, sequence, dtype=torch.float16, tolerance=5e-2,
-    loss=lambda m, x: m(x).sum() * 100 / len(x))
+    loss=lambda m, x: m(x).sum() * 400 / len(x))
 add("cancelling", "bfloat16, positions that cancel", lambda: Linear(64, 4), P.close,
     dtype=torch.bfloat16, tolerance=5e-2, loss=P.cancelling_loss)
 add("lstm_outputs", "nn.LSTM, loss of the outputs alone", used(lambda m, x: m.a(x)[0], a=lstm), sequence)
