@@ -73,6 +73,8 @@ class Tool:
 class GradStats(Tool):
     def setup(self) -> Any:
         self.monitor = gradstats.attach(self.model, batch_dim=self.situation.dim)
+        if hasattr(self.model, "told"):
+            self.model.told = self.monitor.samples
         return self.model
 
     def loss(self, batch: Tensor) -> Any:

@@ -271,7 +271,8 @@ class Interposer(Answers, TorchFunctionMode):
 
     def _reopen(self, path: str, args: Any, kwargs: Any) -> Pass:
         """A checkpoint recomputes in the backward: find the pass that it belongs to."""
-        size = self._batch_size(path, args, kwargs)
+        told = self.groups  # by the part that is recomputed
+        size = self._batch_size(path, args, kwargs) if told is None else told.batch
         fitting = [p for p in self._passes
                    if p.batch == size or (p.groups is not None and p.groups.rows == size)]  # fmt: skip
         if not fitting or (len(fitting) > 1 and any(p.skipped for p in fitting)):
@@ -281,7 +282,14 @@ class Interposer(Answers, TorchFunctionMode):
                 "checkpoint(..., use_reentrant=False), or run backward before the next forward."
             )
         found = fitting[-1]
-        return Pass(found.batch, found.leaf, recomputing=True, groups=found.groups)
+        return Pass(found.batch, found.leaf, recomputing=True, groups=told or found.groups)
+
+    def samples_around(self) -> int | None:
+        """Samples of the forward that runs, or that a checkpoint recomputes a part of."""
+        if self.current is not None:
+            return self.current.batch
+        recomputing = torch._C._current_graph_task_id() != -1 and self._passes
+        return self._passes[-1].batch if recomputing else None
 
     def take(self) -> tuple[list[Delivery], dict[str, str]]:
         """What was delivered since the last call, and why some parameters were not."""

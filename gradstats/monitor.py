@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstats import advice, distributed, estimators, record
-from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
+from gradstats.errors import BatchDimError, GradStatsError, InvalidArgumentError, NoStatisticsError
 from gradstats.grouping import Grouping
 from gradstats.install import install, uninstall
 from gradstats.moments import SecondMoments
@@ -206,22 +206,34 @@ class Monitor:
     def samples(self, ids: Tensor, num_samples: int | None = None) -> Iterator[None]:
         """Say whose rows a flattened input holds, for the forwards inside the `with` block.
 
+        Around the model's forward, or within it around a part that sees other rows, as an expert
+        does of the tokens that are routed to it.
+
         `ids`: (rows,), the sample of each row, numbered from 0: packed sequences, (B·T, …) before a
         linear layer, gathered tokens. Tensors with as many rows are read by it, tensors with
-        `num_samples` (default: the largest id plus 1) entries in `batch_dim` as ever. Waits for the
-        device once. Linear layers, embeddings, LayerNorm, RMSNorm and elementwise parameters take
-        flattened inputs; others are reported as not covered, or refused.
+        `num_samples` entries in `batch_dim` as ever (default: those of the forward around it, else
+        the largest id plus 1). Waits for the device once. Linear layers, embeddings, LayerNorm,
+        RMSNorm and elementwise parameters take flattened inputs; others are reported as not
+        covered, or refused.
 
         Raises:
-            BatchDimError: ids are not whole numbers from 0 to `num_samples` − 1.
+            BatchDimError: ids are not whole numbers from 0 to `num_samples` − 1, or within a forward
+                of another number of samples.
         """
+        around = self._interposer.samples_around()
         if num_samples is None:
-            num_samples = int(ids.max()) + 1 if ids.numel() else 0
-        self._interposer.groups = Grouping(ids, num_samples)
+            num_samples = int(ids.max()) + 1 if around is None and ids.numel() else around or 0
+        if around is not None and num_samples != around:
+            raise BatchDimError(
+                f"samples(num_samples={num_samples}) within a forward of {around} samples. "
+                "Leave num_samples out there."
+            )
+        holder = self._interposer.current or self._interposer
+        before, holder.groups = holder.groups, Grouping(ids, num_samples)
         try:
             yield
         finally:
-            self._interposer.groups = None
+            holder.groups = before
 
     def _next(self, stats: GradStats | None) -> GradStats | None:
         self._steps += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from models import Positions, loss
 from oracle import assert_matches, per_sample_gradients
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import gradstats
 
@@ -231,6 +233,54 @@ def test_sample_ids_that_cannot_be_are_refused() -> None:
     floats = pytest.raises(gradstats.BatchDimError, match=r"one whole number for each row.*float32")
     with floats, monitor.samples(torch.ones(3), num_samples=2):
         pass
+
+
+class Experts(nn.Module):
+    """Tokens go to one of three experts, by a linear router; each is told whose its tokens are."""
+
+    told = staticmethod(lambda ids: contextlib.nullcontext())
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        self.first, self.recompute = nn.Linear(6, 6), recompute
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.Tanh()) for _ in range(3)
+        )
+
+    def expert(self, i: int, rows: Tensor, ids: Tensor) -> Tensor:
+        with self.told(ids):
+            return self.experts[i](rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.tanh(self.first(x)).flatten(0, 1)
+        ids = torch.arange(len(x)).repeat_interleave(x.shape[1])
+        chosen = (x.flatten(0, 1)[:, 0] > 0).long()  # none goes to the last
+        out = torch.zeros_like(rows)
+        for i in range(3):
+            mine = chosen == i
+            args = (i, rows[mine], ids[mine])
+            run = self.expert
+            done = checkpoint(run, *args, use_reentrant=False) if self.recompute else run(*args)
+            out = out.index_put((mine.nonzero()[:, 0],), done)
+        return out.view(x.shape)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_sample_ids_within_the_forward_for_each_expert(recompute: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Experts(recompute), torch.randn(5, 7, 6)
+    x[3, :, 0] = -1  # all of a sample's tokens go to one expert
+    true = per_sample_gradients(model, loss, x)
+    monitor = gradstats.attach(model, moments=True)
+    model.told = monitor.samples
+    for _ in range(2):
+        model.zero_grad()
+        loss(model, x).backward()
+        assert_matches(monitor.step(), true, 1e-5)
+    other = pytest.raises(gradstats.BatchDimError, match=r"num_samples=4\) within a forward of 5")
+    model.told = lambda ids: monitor.samples(ids % 4, num_samples=4)
+    with other:
+        model(x)
 
 
 class InSequence(nn.Module):
