@@ -123,32 +123,34 @@ def build(
     sq_norm = local.sq_norm * unit**2
     if summed_loss:
         grad_sq = grad_sq * (ranks / at_least_one(n)) ** 2
-    counted = ok.to(sq_norm.dtype)
-    counted = counted / counted.amax()  # nothing measured: 0/0, and every total is NaN
+    counted = (ok / ok.any()).to(sq_norm.dtype)  # nothing measured: 0/0, and every total is NaN
     total = torch.mv(sq_norm.t(), counted)
     if joined is None:
-        means, mean = None, total.sum() / at_least_one(n)
+        means, mean = None, total.mean() if len(total) else total.sum()
     else:
         means = (joined.sum_sq_norm * (unit**2 / at_least_one(n))).to(sq_norm.dtype)
         mean = torch.dot(means, counted)
-    part: Any = slice(None)
+    grad_total = torch.dot(grad_sq, counted)
+    causes = () if joined is None else joined.causes
     if not all(local.trainable):
         indices = tuple([i for i, yes in enumerate(local.trainable) if yes])
         part = _indices(indices, sq_norm.device)
+        sq_norm, grad_sq, ok = sq_norm[part], grad_sq[part], ok[part]
+        means = None if means is None else means[part]
+        causes = tuple([(mask[part], text) for mask, text in causes])
     known, sizes = _trainable(names, local.trainable, tuple([p.numel() for p in params]))
-    causes = () if joined is None else tuple([(mask[part], text) for mask, text in joined.causes])
     free = n - 1 if isinstance(n, int) else torch.where(n > 1, n - 1, torch.nan)
     return GradStats(
         samples=n,
         num_groups=1,
         mean_sq_norm=mean,
-        grad_sq_norm=torch.dot(grad_sq, counted),
+        grad_sq_norm=grad_total,
         per_sample_sq_norm=total,
-        coverage=Coverage(known, sizes, ok[part], reasons, causes),
+        coverage=Coverage(known, sizes, ok, reasons, tuple(causes)),
         grad_var=Scaled(m2, unit**2 / free) if m2 and not (isinstance(n, int) and n < 2) else {},
-        layer_sq_norm=sq_norm[part] if per_layer else None,
-        layer_grad_sq_norm=grad_sq[part] if per_layer else None,
-        layer_mean_sq_norm=means[part] if per_layer and means is not None else None,
+        layer_sq_norm=sq_norm if per_layer else None,
+        layer_grad_sq_norm=grad_sq if per_layer else None,
+        layer_mean_sq_norm=means if per_layer else None,
     )
 
 

@@ -15,13 +15,16 @@ namespace gradstats::cpu::linear {
 // an element below this fraction of its sum of squares are computed again, sample by sample.
 constexpr double kAgree = 1.0 / 64;
 
+// Squared norms of the samples' rows of x (where `in` is not zero) and g, one after the other.
 template <typename In>
-std::vector<double> row_norms(const Rows<In>& rows, int64_t samples, int64_t width) {
-  std::vector<double> norms(samples);
-  const int64_t grain = at::ceil_div<int64_t>(1 << 15, std::max<int64_t>(1, width));
+std::vector<double> row_norms(const Rows<In>& x, int64_t in, const Rows<In>& g, int64_t out,
+                              int64_t samples) {
+  std::vector<double> norms(2 * samples);
+  const int64_t grain = at::ceil_div<int64_t>(1 << 15, std::max<int64_t>(1, in + out));
   at::parallel_for(0, samples, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      norms[b] = sum_squares(rows.data + b * rows.sample_stride, width);
+      norms[b] = in == 0 ? 0 : sum_squares(x.data + b * x.sample_stride, in);
+      norms[samples + b] = sum_squares(g.data + b * g.sample_stride, out);
     }
   });
   return norms;
@@ -45,16 +48,17 @@ bool centre(const A* sum, A* m2, int64_t count, int64_t samples) {
   return std::any_of(lanes, lanes + Vec::size(), [](A v) { return v < 0; });
 }
 
-// dw and m2 of a problem with one position to a sample: x (B, I), g (B, O), dw and m2 (O, I).
+// dw and m2 of a problem with one position to a sample: x (B, I), g and its
+// squares (B, O), dw and m2 (O, I).
 template <typename In>
 void rank_one_moments(const Problem<In>& p, const at::Tensor& x, const at::Tensor& g,
-                      at::Tensor& dw, at::Tensor& m2) {
+                      const at::Tensor& g_squares, at::Tensor& dw, at::Tensor& m2) {
   using A = Acc<In>;
   const auto wide = m2.scalar_type();
   const at::Tensor x_wide = x.to(wide), g_wide = g.to(wide);
   at::Tensor sum = dw.scalar_type() == wide ? dw : at::empty_like(m2);
   at::mm_out(sum, g_wide.t(), x_wide);
-  at::mm_out(m2, g_wide.square().t(), x_wide.square());
+  at::mm_out(m2, g_squares.t(), x_wide.square());
   if (!sum.is_same(dw)) dw.copy_(sum);
   const A* sums = sum.const_data_ptr<A>();
   std::vector<char> lost(p.out, 0);

@@ -1,5 +1,6 @@
 // Weight gradient of a linear layer with per-sample statistics; the path is chosen per call.
 #include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 
 #include "../checks.h"
 #include "../ops.h"
@@ -57,6 +58,24 @@ void fused(const Problem<In>& p, Acc<In>* sq_norm) {
   pass.sq_norms(sq_norm);
 }
 
+// One position to a sample: from the library's sums of g (B, O) and of its squares. False where
+// an element lost digits; nothing is valid then.
+inline bool bias_moments(const Tensor& g, const Tensor& squares, const std::vector<double>& norms,
+                         Tensor& db, Tensor& sq_norm, Tensor& m2) {
+  const Tensor sum = g.sum(0, false, m2.scalar_type());
+  at::sum_out(m2, squares, {0});
+  const int64_t samples = g.size(0);
+  return AT_DISPATCH_FLOATING_TYPES(m2.scalar_type(), "bias_moments", [&] {
+    if (centre(sum.const_data_ptr<scalar_t>(), m2.data_ptr<scalar_t>(), m2.size(0), samples)) {
+      return false;
+    }
+    db.copy_(sum);
+    auto* out = sq_norm.data_ptr<scalar_t>();
+    for (int64_t b = 0; b < samples; ++b) out[b] = static_cast<scalar_t>(norms[samples + b]);
+    return true;
+  });
+}
+
 // The gradient alone is the library's.
 void gradient(const Tensor& x, const Tensor& g, Tensor& dw) {
   at::mm_out(dw, g.reshape({-1, g.size(2)}).t(), x.reshape({-1, x.size(2)}));
@@ -81,29 +100,29 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
   Tensor b_sq = make(bias, {samples}, nothing, wide);
   Tensor b_m2 = make(bias && moments, {out}, nothing, wide);
 
-  const Tensor dense_g = with_dense_rows(g);
-  const Rows<In> g_rows = rows_of<In>(dense_g);
+  const bool with_weight = weight && !no_weight;
+  const Tensor dense_g = with_dense_rows(g), dense_x = with_weight ? with_dense_rows(x) : x;
+  const Rows<In> g_rows = rows_of<In>(dense_g), x_rows = rows_of<In>(dense_x);
   const bool rank_one = positions == 1;
-  std::vector<double> g_norms;
-  if (rank_one && !nothing) g_norms = row_norms(g_rows, samples, out);
-  if (weight && !no_weight) {
-    const Tensor dense_x = with_dense_rows(x);
-    const Problem<In> problem{rows_of<In>(dense_x),
-                              g_rows,
-                              samples,
-                              positions,
-                              in,
-                              out,
-                              dw.data_ptr<In>(),
-                              moments ? w_m2.data_ptr<A>() : nullptr,
-                              in};
+  std::vector<double> norms;  // of x, then of g
+  if (rank_one && !nothing) norms = row_norms(x_rows, with_weight ? in : 0, g_rows, out, samples);
+  Tensor squares;  // of g
+  if (rank_one && moments && !nothing) {
+    squares = dense_g.squeeze(1).to(c10::CppTypeToScalarType<A>::value).square();
+  }
+  if (with_weight) {
+    const Problem<In> problem{
+        x_rows, g_rows, samples,           positions,
+        in,     out,    dw.data_ptr<In>(), moments ? w_m2.data_ptr<A>() : nullptr,
+        in};
     A* sq_norm = w_sq.data_ptr<A>();
     switch (choose(positions, in, out, kCols<A> / 2, moments)) {
       case Path::kRankOne: {
-        const auto x_norms = row_norms(problem.x, samples, in);
-        for (int64_t b = 0; b < samples; ++b) sq_norm[b] = static_cast<A>(x_norms[b] * g_norms[b]);
+        for (int64_t b = 0; b < samples; ++b) {
+          sq_norm[b] = static_cast<A>(norms[b] * norms[samples + b]);
+        }
         if (moments) {
-          rank_one_moments(problem, dense_x.squeeze(1), dense_g.squeeze(1), dw, w_m2);
+          rank_one_moments(problem, dense_x.squeeze(1), dense_g.squeeze(1), squares, dw, w_m2);
         } else {
           gradient(dense_x, dense_g, dw);
         }
@@ -120,8 +139,9 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
   if (bias && !nothing && rank_one && !moments) {
     at::sum_out(db, dense_g.squeeze(1), {0});
     A* sq_norm = b_sq.data_ptr<A>();
-    for (int64_t b = 0; b < samples; ++b) sq_norm[b] = static_cast<A>(g_norms[b]);
-  } else if (bias && !nothing) {
+    for (int64_t b = 0; b < samples; ++b) sq_norm[b] = static_cast<A>(norms[samples + b]);
+  } else if (bias && !nothing &&
+             !(rank_one && bias_moments(dense_g.squeeze(1), squares, norms, db, b_sq, b_m2))) {
     bias_stats(g_rows, samples, positions, out, db.data_ptr<In>(), b_sq.data_ptr<A>(),
                moments ? b_m2.data_ptr<A>() : nullptr);
   }
