@@ -149,10 +149,11 @@ class Interposer(Answers, TorchFunctionMode):
             self.layouts.update(layout.find(self, before, original, args, kwargs))
             self.looked = True
             return self._enter_first(module, path, original, args, kwargs)
-        if first and self.groups is None and self.batch_dim == 0 and self.batch > 1:
-            # Another dimension as long as the batch: do the samples stay apart in the one we take?
-            if any(self.batch in t.shape[1:] for t in tensors_in(*args, kwargs)):
-                layout.find(self, layout.State(module, self.device), original, args, kwargs)
+        # Another dimension as long as the batch: do the samples stay apart in the one we take?
+        told = self.groups is not None or self.batch_dim != 0 or self.batch < 2
+        inputs = tensors_in(*args, kwargs) if first and not told else ()
+        if any(self.batch in t.shape[1:] for t in inputs):
+            layout.find(self, layout.State(module, self.device), original, args, kwargs)
         return out
 
     def _enter_first(self, module: Any, path: str, original: Any, args: Any, kwargs: Any) -> Any:
