@@ -38,8 +38,9 @@ class Embedding(torch.autograd.Function):
         )
         row = None
         if ctx.needs_input_grad[2] and ctx.joint is not None:
-            rows = torch.where(ids == ctx.padding_idx, -1, ids)
-            row = ctx.joint.row_gradient(ctx, sq_norm, Lookup(rows, each))
+            row = ctx.joint.row_gradient(
+                ctx, sq_norm, lambda: Lookup(torch.where(ids == ctx.padding_idx, -1, ids), each)
+            )
         elif ctx.needs_input_grad[2]:
             row = row_gradient(sq_norm)
         return dw, None, row, m2 if moments else None, None, None, None

@@ -6,6 +6,7 @@ uses' own factors: no gradient of a sample is ever formed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,17 +49,18 @@ class Joint:
         self.uses = 0
         self.arrived: list[tuple[int, Factors]] = []
 
-    def row_gradient(self, node: object, sq_norm: Tensor, factors: Factors) -> Tensor:
+    def row_gradient(self, node: object, sq_norm: Tensor, make: Callable[[], Factors]) -> Tensor:
         """As `probes.row_gradient`, with the inner products with the uses that came before.
 
-        `node` tells the uses apart: one that comes again is counted again, and so found out.
+        `make` gives this use's factors, and is called where there are other uses. `node` tells the
+        uses apart: one that comes again is counted again, and so found out.
         """
         if self.uses < 2:
             return row_gradient(sq_norm)
         if any(known == id(node) for known, _ in self.arrived):
             self.arrived.clear()
             return row_gradient(sq_norm)
-        first = not self.arrived
+        first, factors = not self.arrived, make()
         for _, other in self.arrived:
             sq_norm = sq_norm + 2 * inner_product(factors, other).to(sq_norm.dtype)
         # By number and without their history: the graph holds this, and must not hold itself.

@@ -66,10 +66,10 @@ class Linear(torch.autograd.Function):
             of_w, of_b = ctx.joints
             if needs_w:
                 row_w = row_gradient(w_sq) if of_w is None else of_w.row_gradient(
-                    ctx, w_sq, Product(right, left))  # fmt: skip
+                    ctx, w_sq, lambda: Product(right, left))  # fmt: skip
             if needs_b:
                 row_b = row_gradient(b_sq) if of_b is None else of_b.row_gradient(
-                    ctx, b_sq, Total(gs.sum(1, dtype=b_sq.dtype)))  # fmt: skip
+                    ctx, b_sq, lambda: Total(gs.sum(1, dtype=b_sq.dtype)))  # fmt: skip
         needs = ctx.needs_input_grad
         return (
             gx,
