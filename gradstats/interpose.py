@@ -233,6 +233,8 @@ class Interposer(Answers, TorchFunctionMode):
             kept = {n: tuple(u for u in used if frame not in u.frames)
                     for n, used in current.uses.items()}  # fmt: skip
             current.uses = {n: used for n, used in kept.items() if used}
+            for name, joint in current.joints.items():
+                joint.uses = len(current.uses.get(name, ()))
 
     def _adopt(self, alias: str, param: Tensor) -> None:
         """A parameter is known by where it sits: a new object in an old place is the same one."""

@@ -1,6 +1,6 @@
 """Finds out how a model flattens samples and positions into rows, by moving one sample.
 
-The forward runs twice more, once with sample 1 in the place of sample 0. The rows that change are
+The forward runs twice more, once with another sample in the place of sample 0. The rows that change are
 sample 0's: the first ones of (B·T, …), or every B-th of (T·B, …). Anything else is refused.
 """
 
@@ -95,9 +95,10 @@ def find(
         UnsupportedLayerError: samples influence each other.
     """
     batch, runs = interposer.batch, []
+    other = _another(tensors_in(*args, kwargs), batch)
     for moved in (False, True):
         state.restore()
-        values = pytree.tree_map(lambda v: _moved(v, batch), (args, kwargs)) if moved else (
+        values = pytree.tree_map(lambda v: _moved(v, batch, other), (args, kwargs)) if moved else (
             args, kwargs)  # fmt: skip
         interposer.recorder = Recorder()
         try:
@@ -125,11 +126,21 @@ def find(
     return layouts
 
 
-def _moved(value: Any, batch: int) -> Any:
-    """Sample 1 in the place of sample 0."""
+def _another(inputs: list[Tensor], batch: int) -> int:
+    """A sample that differs from sample 0, for moving an equal one would show nothing."""
+    for t in inputs:
+        if t.dim() and t.shape[0] == batch:
+            unlike = (t[1:] != t[:1]).reshape(batch - 1, -1).any(1).nonzero()
+            if unlike.numel():
+                return int(unlike[0]) + 1
+    return 1
+
+
+def _moved(value: Any, batch: int, other: int) -> Any:
+    """Sample `other` in the place of sample 0."""
     if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
         return value
-    return torch.cat((value[1:2], value[1:]))
+    return torch.cat((value[other : other + 1], value[1:]))
 
 
 def _layout(before: _Site, after: _Site, batch: int) -> str:
@@ -142,8 +153,8 @@ def _layout(before: _Site, after: _Site, batch: int) -> str:
     apart = bool((changed % batch == 0).all())
     if rows == batch and not first:
         raise UnsupportedLayerError(
-            f"{named(before.path)}: samples influence each other before it (with another sample "
-            f"0, rows {changed[:5].tolist()} of {rows} change), so their gradients cannot be told "
+            f"{named(before.path)}: samples influence each other before it (with another first "
+            f"sample, rows {changed[:5].tolist()} of {rows} change), so their gradients cannot be told "
             "apart. Instead, keep the samples independent; or, if they are in another dimension, say so "
             "with attach(batch_dim=...)."
         )

@@ -76,8 +76,10 @@ class Answers:
             if not joined and any(use.overlaps(part) for use in earlier):
                 self._fall_back_or_note(name, "it is used more than once in a forward", earlier)
             current.uses[name] = (*earlier, UseOf(tuple(self.stack), part))
-        if part is not None and part[1] > 0:
-            # The norms of parts add up; what is counted is the delivery of the first.
+        # The norms of parts add up, and count as one delivery: that of the part used first. What is
+        # recomputed does not know which that was; there it is the one at the beginning.
+        counted = not earlier if not current.recomputing else part is None or part[1] == 0
+        if part is not None and not counted:
             row = torch.cat((row[:-1], row.new_zeros(1)))
         return Probe(row, m2)
 

@@ -220,6 +220,17 @@ class Slices(nn.Module):
         return torch.cat((a, b), -1)
 
 
+class OneSlice(nn.Module):
+    """Some rows of a position table, not from its beginning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.head = nn.Parameter(torch.randn(12, 6)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(x + self.positions[2 : 2 + x.shape[1]]))
+
+
 class Overlapping(Slices):
     def forward(self, x: Tensor) -> Tensor:
         a = F.linear(x, self.weight[:5], self.bias[:5])
@@ -361,6 +372,7 @@ PROBLEMS = {
     "transformer_layers": Problem(Decoder, _sequence),
     "einsum": Problem(Einsum, _sequence),
     "slices": Problem(Slices, _sequence),
+    "slice_with_an_offset": Problem(OneSlice, _sequence),
     "slices_overlapping": Problem(Overlapping, _sequence, ruled=False),
     "embedding_bags": Problem(Bags, _ids, ruled=False),
     "weight_norm": Problem(lambda: S(weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 2)),

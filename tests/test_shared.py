@@ -154,3 +154,27 @@ def test_nothing_is_kept_after_the_step() -> None:
     finally:
         gc.enable()
     assert alive[1] == alive[2] == alive[3]
+
+
+def test_a_first_try_that_turned_to_the_fallback_is_not_counted() -> None:
+    """The loop runs again after its module asked for the fallback: its uses start again too."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.gain = nn.Linear(6, 6), nn.Parameter(torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.shared(torch.tanh(self.shared(x)))
+            return x * (1 + self.gain)
+
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(Both(), nn.Linear(6, 3)), sequence()
+    true = per_sample_gradients(model, loss, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        monitor = gradstats.attach(model)
+        for _ in range(2):
+            model.zero_grad()
+            loss(model, batch).backward()
+            assert_matches(monitor.step(), true, 1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradstats
+from gradstats.fallback import FallbackWarning
 
 
 def test_samples_in_the_second_dimension() -> None:
@@ -178,6 +180,18 @@ def test_flattened_inside_the_model_is_found_out(sequence_first: bool, ids_shape
         flat.zero_grad()
         loss(flat, ids).backward()
         assert_matches(monitor.step(), true, 1e-5)
+
+
+def test_flattened_is_found_out_where_the_first_samples_are_equal() -> None:
+    torch.manual_seed(0)
+    model, ids = Flattening(True), torch.randint(0, 11, (4, 5))
+    ids[1] = ids[0]
+    true = per_sample_gradients(model, loss, ids)
+    monitor = gradstats.attach(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        loss(model, ids).backward()
+    assert_matches(monitor.step(), true, 1e-5)
 
 
 def test_looking_for_the_samples_leaves_random_numbers_and_buffers_alone() -> None:
