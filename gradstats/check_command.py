@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from gradstats.checking import check
-from gradstats.errors import GradStatsError, InvalidArgumentError
+from gradstats.errors import InvalidArgumentError
 from gradstats.report import CheckReport
+from gradstats.terminal import console_and_table
 
 
 def run(target: str, *, samples: int, batch_dim: int | None, as_json: bool) -> int:
@@ -71,16 +72,8 @@ def _make(target: str) -> tuple[nn.Module, Any, Any]:
 
 
 def _show(report: CheckReport) -> None:
-    try:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError as error:
-        raise GradStatsError(
-            f"the report needs rich ({error}); run `pip install 'gradstats[cli]'`, or add --json"
-        ) from error
-    console = Console(highlight=False)
-    table = Table(*report.headings, box=SIMPLE_HEAD)
+    console, make_table = console_and_table()
+    table = make_table(*report.headings)
     for row, layer in zip(report.rows(), report.layers, strict=True):
         bad = layer.wrong or layer.path == "uncovered"
         table.add_row(*row, style="red" if bad else None)

@@ -15,6 +15,7 @@ import gradstats
 from gradstats import backends
 from gradstats.errors import GradStatsError
 from gradstats.ops import SCHEMAS, ops
+from gradstats.terminal import console_and_table
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 OPERATIONS = tuple(SCHEMAS)
@@ -182,15 +183,7 @@ def _missing(devices: list[str]) -> list[dict[str, str]]:
 
 
 def _show(report: dict[str, Any]) -> None:
-    try:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError as error:
-        raise GradStatsError(
-            f"the report needs rich ({error}); run `pip install 'gradstats[cli]'`, or add --json"
-        ) from error
-    console = Console(highlight=False)
+    console, make_table = console_and_table()
     versions = {k: v or "none" for k, v in report["versions"].items()}
     console.print("  ".join(f"{name} {version}" for name, version in versions.items()))
     extension = report["extension"]
@@ -201,15 +194,15 @@ def _show(report: dict[str, Any]) -> None:
             f"{extension['cpu_capability']} instructions, {parts}"
         )
 
-    style: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD}
-    table = Table("backend", "runs here", "why", title="Backends", **style)
+    style: dict[str, Any] = {"title_justify": "left"}
+    table = make_table("backend", "runs here", "why", title="Backends", **style)
     for name, found in report["backends"].items():
         table.add_row(name, "yes" if found["runs"] else "no", found["why"])
     console.print(table)
 
     for device, chosen in report["chosen"].items():
         title = f"Chosen for {report['dtype']} tensors on {device}"
-        table = Table("backend", "operations", "why", title=title, **style)
+        table = make_table("backend", "operations", "why", title=title, **style)
         together: dict[tuple[str, str], list[str]] = {}
         for operation, choice in chosen.items():
             key = (choice["backend"] or "none", choice["why"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -18,9 +17,9 @@ from gradstats.install import install, uninstall
 from gradstats.moments import SecondMoments
 from gradstats.order import Order
 from gradstats.self_check import SelfCheck
-from gradstats.stats import Coverage, GradStats, Moments
+from gradstats.series import Series
+from gradstats.stats import Coverage, GradStats
 
-HISTORY = 10_000
 Method = Literal["per_sample"]
 
 
@@ -139,9 +138,7 @@ class Monitor:
         self._self_check = SelfCheck(self_check) if self_check else None
         self._attached = True
         self._steps = 0
-        # Steps still on the device, until somebody reads.
-        self._pending: deque[tuple[int | Tensor, Tensor, Tensor]] = deque(maxlen=HISTORY)
-        self._history: deque[tuple[int, float, float]] = deque(maxlen=HISTORY)
+        self._series = Series()
         self._last_coverage: Coverage | float = 1.0
         self._last_batch: int | Tensor | None = None
 
@@ -190,7 +187,7 @@ class Monitor:
         stats = record.build(
             names, params, local, joined, reasons, self._summed, self._per_layer, m2
         )
-        self._pending.append((stats.samples, stats.mean_sq_norm, stats.grad_sq_norm))
+        self._series.add(stats)
         return self._next(stats)
 
     def _give_up(self, params: list[Tensor]) -> None:
@@ -271,11 +268,8 @@ class Monitor:
         Waits for the device. Before any step, or after steps of one sample only, its value is NaN
         and its sentence says why.
         """
-        counts, tr_sigma, true_grad = self._series()
         return estimators.noise_scale(
-            counts,
-            tr_sigma,
-            true_grad,
+            *self._read(),
             half_life=self._half_life,
             confidence=self._confidence,
             coverage=self._coverage(),
@@ -322,21 +316,10 @@ class Monitor:
             world_size=ranks,
         )
 
-    def _series(self) -> tuple[list[int], list[float], list[float]]:
-        """Per step: samples, tr_sigma, true_grad_sq_norm. Brings what is new from the device."""
-        if self._pending:
+    def _read(self) -> tuple[list[int], list[float], list[float]]:
+        if self._series.pending:
             self._order.require_unchanged()
-            pending = list(self._pending)
-            self._pending.clear()
-            values = torch.stack([torch.stack(pair) for _, *pair in pending]).double().cpu()
-            counted: list[Any] = [n for n, *_ in pending]
-            if self._ranks is not None:
-                counted = torch.stack(counted).long().tolist()
-            for n, (mean_sq, grad_sq) in zip(counted, values, strict=True):
-                step = Moments(n, 1, mean_sq, grad_sq)
-                self._history.append((n, float(step.tr_sigma), float(step.true_grad_sq_norm)))
-        counts = [n for n, _, _ in self._history]
-        return counts, [t for _, t, _ in self._history], [g for _, _, g in self._history]
+        return self._series.read()
 
     def _coverage(self) -> float:
         last = self._last_coverage
@@ -346,13 +329,11 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """The estimate so far as plain numbers; exact, so that a resumed run goes on as this one."""
-        counts, tr_sigma, true_grad = self._series()
+        self._read()
         return {
             "version": 1,
             "steps": self._steps,
-            "num_samples": counts,
-            "tr_sigma": tr_sigma,
-            "true_grad_sq_norm": true_grad,
+            **self._series.state_dict(),
             "coverage": self._coverage(),
             "batch_size": None if self._last_batch is None else int(self._last_batch),
             "parameters": list(self._interposer.index),
@@ -370,11 +351,7 @@ class Monitor:
                 f"the state is of another model: its parameters begin {state['parameters'][:3]}, "
                 f"this model's {list(self._interposer.index)[:3]}"
             )
-        self._pending.clear()
-        self._history.clear()
-        self._history.extend(
-            zip(state["num_samples"], state["tr_sigma"], state["true_grad_sq_norm"], strict=True)
-        )
+        self._series.load_state_dict(state)
         self._steps = state["steps"]
         self._interposer.enabled = self._steps % self.every == 0
         self._last_coverage, self._last_batch = float(state["coverage"]), state["batch_size"]
