@@ -14,7 +14,6 @@ from models import PROBLEMS, loss
 from torch import nn
 
 import gradstats
-from gradstats.cli import main
 from gradstats.probes import row_gradient
 from gradstats.rules import RULES, rule
 
@@ -129,61 +128,6 @@ def test_a_model_that_cannot_be_copied_is_said() -> None:
     model.kept = model(torch.randn(3, 6))
     with pytest.raises(gradstats.InvalidArgumentError, match="Linear cannot be copied"):
         gradstats.check(model, squares, torch.randn(5, 6))
-
-
-class Centred(nn.Module):
-    """Mixes samples in plain code between two layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.a(x)
-        return self.b(x - x.mean(0))
-
-
-@pytest.mark.parametrize(
-    ("make", "path", "kind"),
-    [
-        (lambda: nn.BatchNorm1d(6), "1", "BatchNorm1d"),
-        (Centred, "1", "Centred"),
-        (lambda: nn.Sequential(nn.Tanh(), Centred()), "1.1", "Centred"),
-    ],
-)
-def test_a_module_that_mixes_samples_is_named(make, path: str, kind: str) -> None:
-    model = nn.Sequential(nn.Linear(6, 6), make(), nn.LazyLinear(2))
-    with torch.no_grad():
-        model(torch.randn(3, 6))
-    report = gradstats.check(model, squares, torch.randn(6, 6))
-    assert not report.ok
-    assert (report.mixing, report.loss_reduction) == (path, None)
-    assert f"layer '{path}' ({kind}) lets samples influence each other" in report.problems[0]
-    assert "nothing could be compared" in report.sentence
-
-
-def test_attention_over_the_batch_is_named() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention, self.head = nn.MultiheadAttention(6, 2), nn.Linear(6, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.attention(x, x, x)[0])
-
-    def per_label(model: nn.Module, batch) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        return F.cross_entropy(model(batch[0]).mean(1), batch[1])
-
-    batch = torch.randn(6, 5, 6), torch.randint(0, 3, (6,))
-    report = gradstats.check(Block(), per_label, batch)
-    assert report.mixing == "attention"
-    assert "batch_first" in report.problems[0]
-    # Without the labels, nothing says that the samples are not in dimension 1: there it is exact.
-    report = gradstats.check(Block(), lambda m, x: m(x).square().mean(), batch[0])
-    assert (report.ok, report.batch_dim) == (True, 1)
-    assert "layer 'attention' mixes those of dimension 0" in report.notes[0]
-    given = gradstats.check(Block(), lambda m, x: m(x).square().mean(), batch[0], batch_dim=0)
-    assert (given.ok, given.mixing) == (False, "attention")
 
 
 def test_samples_in_the_second_dimension_are_found() -> None:
@@ -375,50 +319,6 @@ def test_json_holds_everything() -> None:
 def test_what_cannot_be_checked_is_said(model, loss_fn, batch, message: str) -> None:
     with pytest.raises(gradstats.InvalidArgumentError, match=message):
         gradstats.check(model, loss_fn, batch)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):  # type: ignore[no-untyped-def]
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gradstats", "check", *args])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return run
-
-
-def test_command_line(run) -> None:
-    code, out, err = run("check_factories:exact")
-    assert (code, err) == (0, "")
-    assert "All 4 trainable parameters are measured" in out
-    code, out, _ = run("check_factories:mixing", "--json")
-    report = json.loads(out)
-    assert (code, report["ok"], report["mixing"]) == (1, False, "1")
-    code, out, _ = run("check_factories:mixing")
-    assert code == 1
-    assert "BatchNorm1d) lets samples influence each other" in out
-
-
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        ("check_factories", "not of the form module:factory"),
-        ("no_such_module:f", "'no_such_module' cannot be imported (ModuleNotFoundError"),
-        ("check_factories:absent", "'absent' in module 'check_factories' is not there"),
-        ("check_factories:number", "is a int"),
-        ("check_factories:pair", "must return (model, loss_fn, batch), not a tuple of 2"),
-        ("check_factories:swapped", "returned (tuple, function, Sequential)"),
-        ("check_factories:needs_arguments", "called without arguments"),
-        ("check_factories:bad_loss", "loss_fn(model, batch) failed"),
-    ],
-)
-def test_command_line_usage_errors_exit_with_two(run, target: str, message: str) -> None:
-    code, out, err = run(target)
-    assert (code, out) == (2, "")
-    assert message in err
-    assert err.count("\n") == 1
 
 
 def test_no_module_of_the_package_hides_a_function() -> None:
