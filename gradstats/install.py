@@ -12,6 +12,7 @@ from gradstats import backends, distributed, fallback
 from gradstats.errors import AttachError
 from gradstats.interpose import Interposer
 from gradstats.probes import ATTRIBUTE, CONSTANT, Mark, new_m2_leaf
+from gradstats.tokens import TokenInterposer
 
 ENTRY = "_gradstats_entry"
 # Modules of these are one function: what holds them says as much about where it was called.
@@ -28,7 +29,9 @@ def _entered_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 _entered_forward.__name__ = "forward"  # so that a pickled model finds its class's forward
 
 
-def install(model: nn.Module, batch_dim: int, moments: bool, chunk_bytes: int) -> Interposer:
+def install(
+    model: nn.Module, batch_dim: int, moments: bool, chunk_bytes: int, per_token: bool = False
+) -> Interposer:
     """Attach to `model`. Raises AttachError where that cannot give right numbers."""
     backends.forced()  # what the environment asks for must exist
     if not any(_entered(m) for m in model.modules()):
@@ -40,7 +43,8 @@ def install(model: nn.Module, batch_dim: int, moments: bool, chunk_bytes: int) -
     if any(p.dtype == torch.float64 for p in params.values()):
         dtype = torch.float64
     device = next(iter(params.values())).device
-    interposer = Interposer(aliases, batch_dim, dtype, device, fallback.run, chunk_bytes)
+    kind = TokenInterposer if per_token else Interposer
+    interposer = kind(aliases, batch_dim, dtype, device, fallback.run, chunk_bytes)
     for name, param in params.items():
         m2 = new_m2_leaf(param, dtype) if moments else None
         interposer.marks[name] = Mark(name, m2)

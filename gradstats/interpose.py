@@ -124,6 +124,11 @@ class Interposer(Answers, TorchFunctionMode):
     def __reduce__(self) -> Any:
         return (_nobody, ())
 
+    @property
+    def sequences(self) -> int:
+        """How many entries dimension `batch_dim` holds in the current pass."""
+        return self.batch
+
     # ---- entering ----------------------------------------------------------------------------
 
     def enter(self, module: Any, path: str, original: Any, args: Any, kwargs: Any) -> Any:
@@ -146,15 +151,18 @@ class Interposer(Answers, TorchFunctionMode):
             out = self._enter_first(module, path, original, args, kwargs)
         except NeedsLayout:
             before = before or layout.State(module, self.device)
-            self.layouts.update(layout.find(self, before, original, args, kwargs))
-            self.looked = True
+            self._look(before, original, args, kwargs)
             return self._enter_first(module, path, original, args, kwargs)
         # Another dimension as long as the batch: do the samples stay apart in the one we take?
-        told = self.groups is not None or self.batch_dim != 0 or self.batch < 2
+        told = self.groups is not None or self.batch_dim != 0 or self.sequences < 2
         inputs = tensors_in(*args, kwargs) if first and not told else ()
-        if any(self.batch in t.shape[1:] for t in inputs):
+        if any(self.sequences in t.shape[1:] for t in inputs):
             layout.find(self, layout.State(module, self.device), original, args, kwargs)
         return out
+
+    def _look(self, before: layout.State, original: Any, args: Any, kwargs: Any) -> None:
+        self.looked = True
+        self.layouts.update(layout.find(self, before, original, args, kwargs))
 
     def _enter_first(self, module: Any, path: str, original: Any, args: Any, kwargs: Any) -> Any:
         try:
@@ -320,7 +328,7 @@ class Interposer(Answers, TorchFunctionMode):
             return self.unruled(func, args, kwargs)
         return found(self, func, *args, **kwargs)
 
-    def unruled(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def unruled(self, func: Any, args: Any, kwargs: Any, reason: str = "") -> Any:
         """Run `func`; where a parameter goes into a differentiable result, its use is not covered."""
         out = func(*args, **kwargs)
         constant = True
@@ -331,8 +339,8 @@ class Interposer(Answers, TorchFunctionMode):
             elif mark.name is not None:
                 constant = False
                 if tensor.requires_grad and any(t.requires_grad for t in tensors_in(out)):
-                    reason = f"no rule covers its use in {function_name(func)}"
-                    self._fall_back_or_note(mark.name, reason, ())
+                    why = reason or f"no rule covers its use in {function_name(func)}"
+                    self._fall_back_or_note(mark.name, why, ())
         if constant and isinstance(out, Tensor) and not out.requires_grad:
             setattr(out, ATTRIBUTE, CONSTANT)  # made from nothing that a sample went into
         elif (

@@ -34,6 +34,7 @@ class NeedsLayout(BaseException):
 class _Site(NamedTuple):
     path: str
     prints: Tensor  # (rows, 2): sum and sum of squares of each row
+    shape: tuple[int, ...]
 
 
 class Recorder(TorchFunctionMode):
@@ -56,7 +57,7 @@ class Recorder(TorchFunctionMode):
         marks = [getattr(t, ATTRIBUTE, None) for t in tensors]
         if func not in _OWN_ORDER and any(m is not None and m.name is not None for m in marks):
             self.sites += [
-                _Site(self._paths[-1], _prints(t))
+                _Site(self._paths[-1], _prints(t), tuple(t.shape))
                 for t, mark in zip(tensors, marks, strict=True)
                 if mark is None and t.dim() > 0
             ]
@@ -94,21 +95,11 @@ def find(
         BatchDimError: the rows of a sample are neither next to each other nor B apart.
         UnsupportedLayerError: samples influence each other.
     """
-    batch, runs = interposer.batch, []
+    batch = interposer.sequences
     other = _another(tensors_in(*args, kwargs), batch)
-    for moved in (False, True):
-        state.restore()
-        values = pytree.tree_map(lambda v: _moved(v, batch, other), (args, kwargs)) if moved else (
-            args, kwargs)  # fmt: skip
-        interposer.recorder = Recorder()
-        try:
-            with interposer.recorder:
-                original(*values[0], **values[1])
-            runs.append(interposer.recorder.sites)
-        finally:
-            interposer.recorder = None
-            state.restore()
-    before, after = runs
+    values = pytree.tree_map(lambda v: _moved(v, batch, other), (args, kwargs))
+    before = _run(interposer, state, original, args, kwargs)
+    after = _run(interposer, state, original, *values)
     if [(s.path, s.prints.shape) for s in before] != [(s.path, s.prints.shape) for s in after]:
         raise BatchDimError(
             "the model flattens samples and takes other ways, or other numbers of rows, when a "
@@ -124,6 +115,55 @@ def find(
         if rows != batch and layouts.setdefault(a.path, layout) != layout:
             raise _unknown(a.path, rows, batch)
     return layouts
+
+
+def lengths(
+    interposer: Any, state: State, original: Callable[..., Any], args: Any, kwargs: Any
+) -> dict[str, bool]:
+    """For each module that met (B, T, …) with another T in it: whether the first T is the positions.
+
+    The forward runs with sequences that are one position shorter; empty where it cannot.
+    """
+    batch, length = interposer.positions
+    values = pytree.tree_map(lambda v: _shorter(v, batch, length), (args, kwargs))
+    before = _run(interposer, state, original, args, kwargs)
+    try:
+        after = _run(interposer, state, original, *values)
+    except Exception:  # the model takes this length only
+        return {}
+    if [s.path for s in before] != [s.path for s in after]:
+        return {}
+    found: dict[str, bool] = {}
+    for a, b in zip(before, after, strict=True):
+        if a.shape[:2] == (batch, length) and length in a.shape[2:]:
+            first = b.shape == (batch, length - 1, *a.shape[2:])
+            found[a.path] = found.get(a.path, True) and first
+    return found
+
+
+def _shorter(value: Any, batch: int, length: int) -> Any:
+    """Without the last position: of (B, T, …) in dimension 1, of masks and the like everywhere."""
+    if not isinstance(value, Tensor):
+        return value
+    dims = [d for d, size in enumerate(value.shape) if size == length]
+    for d in (1,) if value.shape[:2] == (batch, length) else dims:
+        value = value.narrow(d, 0, length - 1)
+    return value
+
+
+def _run(
+    interposer: Any, state: State, original: Callable[..., Any], args: Any, kwargs: Any
+) -> list[_Site]:
+    """What a forward's parameters meet. Random numbers and buffers are as before it afterwards."""
+    state.restore()
+    interposer.recorder = Recorder()
+    try:
+        with interposer.recorder:
+            original(*args, **kwargs)
+        return interposer.recorder.sites  # type: ignore[no-any-return]
+    finally:
+        interposer.recorder = None
+        state.restore()
 
 
 def _another(inputs: list[Tensor], batch: int) -> int:

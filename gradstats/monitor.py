@@ -21,6 +21,7 @@ from gradstats.series import Series
 from gradstats.stats import Coverage, GradStats
 
 Method = Literal["per_sample"]
+Sample = Literal["example", "token"]
 
 
 def attach(
@@ -33,6 +34,7 @@ def attach(
     moments: bool = False,
     per_layer: bool = True,
     batch_dim: int = 0,
+    sample: Sample = "example",
     half_life: float = estimators.DEFAULT_HALF_LIFE,
     confidence: float = 0.9,
     fallback_bytes: int = 2**28,
@@ -56,6 +58,12 @@ def attach(
             one tensor of the weight's size each.
         per_layer: keep the statistics of each parameter in the record.
         batch_dim: the dimension that holds the samples, in every layer's input.
+        sample: "example", an entry of that dimension; or "token", a position of a sequence: each row of
+            (batch, positions, …) inputs is a sample, with the part of a weight's gradient that came
+            through it, g_t·a_tᵀ (not the gradient of its own term of the loss, which attention spreads
+            over the rows before it). All counts and batch sizes are then in tokens, and
+            `per_sample_sq_norm` is in the order of the input's first two dimensions. Convolutions,
+            recurrent layers and what sees pooled positions are reported as not covered.
         half_life: memory of the smoothed noise scale, in steps.
         confidence: of the noise scale's interval.
         fallback_bytes: memory for per-sample gradients of modules without rules, at a time.
@@ -78,6 +86,7 @@ def attach(
         moments=moments,
         per_layer=per_layer,
         batch_dim=batch_dim,
+        sample=sample,
         half_life=half_life,
         confidence=confidence,
         fallback_bytes=fallback_bytes,
@@ -100,6 +109,7 @@ class Monitor:
         moments: bool,
         per_layer: bool,
         batch_dim: int,
+        sample: str,
         half_life: float,
         confidence: float,
         fallback_bytes: int,
@@ -110,6 +120,12 @@ class Monitor:
         _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
         _at_least("every", every, 1)
         _at_least("batch_dim", batch_dim, 0)
+        _one_of("sample", sample, ("example", "token"))
+        if sample == "token" and batch_dim != 0:
+            raise InvalidArgumentError(
+                f'batch_dim={batch_dim} cannot be used with sample="token", which reads (batch, '
+                "positions, …) inputs. Transpose the model's input, or leave batch_dim out."
+            )
         _at_least("fallback_bytes", fallback_bytes, 1)
         _at_least("self_check", 1 if self_check is None else self_check, 1)
         estimators.noise_scale([], [], [], half_life=half_life, confidence=confidence)
@@ -120,9 +136,12 @@ class Monitor:
         self._summed = loss_reduction == "sum"
         self._per_layer = per_layer
         self._half_life, self._confidence = half_life, confidence
-        self._interposer = install(self._model, batch_dim, moments, fallback_bytes)
+        self._sample = sample
+        self._interposer = install(
+            self._model, batch_dim, moments, fallback_bytes, sample == "token"
+        )
         self._owners = [self._owner(name) for name in self._interposer.index]
-        settings = repr((every, moments, batch_dim, loss_reduction, self._interposer.dtype))
+        settings = repr((every, moments, batch_dim, sample, loss_reduction, self._interposer.dtype))
         try:
             self._ranks = distributed.join_ranks(
                 self._model, self._interposer, self._group, settings, moments
@@ -168,7 +187,7 @@ class Monitor:
             self._order.require_intact()
             if self._self_check is not None:
                 self._self_check.finish()
-            groups = record.group(deliveries)
+            groups = record.group(deliveries, reasons)
         except GradStatsError:
             self._give_up(params)
             raise
@@ -337,6 +356,7 @@ class Monitor:
             "coverage": self._coverage(),
             "batch_size": None if self._last_batch is None else int(self._last_batch),
             "parameters": list(self._interposer.index),
+            "sample": self._sample,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -350,6 +370,12 @@ class Monitor:
             raise InvalidArgumentError(
                 f"the state is of another model: its parameters begin {state['parameters'][:3]}, "
                 f"this model's {list(self._interposer.index)[:3]}"
+            )
+        unit = state.get("sample", "example")
+        if unit != self._sample:
+            raise InvalidArgumentError(
+                f"the state counts in samples of another kind: attach(..., sample={unit!r}) goes on "
+                f"from it, not sample={self._sample!r}"
             )
         self._series.load_state_dict(state)
         self._steps = state["steps"]

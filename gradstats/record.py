@@ -41,8 +41,14 @@ class Joined:
     causes: tuple[tuple[Tensor, str], ...]  # why parameters were not measured
 
 
-def group(deliveries: Sequence[Delivery]) -> list[tuple[int, Tensor]]:
+def group(deliveries: Sequence[Delivery], reasons: Mapping[str, str]) -> list[tuple[int, Tensor]]:
     """Deliveries of one backward() call are of the same samples: (batch, rows (P, B + 1)) each."""
+    if not deliveries and reasons:
+        name, why = next(iter(reasons.items()))
+        raise NoStatisticsError(
+            f"step() found nothing measured: of {len(reasons)} parameters it is known why, of the first "
+            f"that {name!r}: {why}."
+        )
     if not deliveries:
         raise NoStatisticsError(
             "step() found no backward pass through the attached model since the last step(). "

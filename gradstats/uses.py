@@ -24,6 +24,7 @@ class Answers:
     current: Pass | None
     batch: int
     batch_dim: int
+    positions: tuple[int, int] | None = None
     stack: list[Frame]
     layouts: dict[str, str]  # of flattened inputs, by the module that met them
     looked: bool  # for those layouts

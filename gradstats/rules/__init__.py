@@ -23,6 +23,7 @@ class Use(Protocol):
 
     batch_dim: int
     batch: int  # B, samples in this forward pass
+    positions: tuple[int, int] | None  # (sequences, positions) where every position is a sample
 
     def mark(self, tensor: object) -> Mark | None:
         """The mark of a tensor without samples; None for anything else."""
@@ -64,14 +65,21 @@ class Use(Protocol):
 
 Rule = Callable[..., Any]
 RULES: dict[Callable[..., Any], Rule] = {}
+PER_POSITION: set[Callable[..., Any]] = set()  # those that also serve single positions
 
 
-def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
-    """Register a rule for some torch functions."""
+def rule(*functions: Callable[..., Any], per_position: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for some torch functions.
+
+    `per_position`: the function treats (batch, positions, …) position by position, and its rule brings
+    its input to samples by `use.grouped`, so it also serves `attach(sample="token")`.
+    """
 
     def register(function: Rule) -> Rule:
         for key in functions:
             RULES[key] = function
+        if per_position:
+            PER_POSITION.update(functions)
         return function
 
     return register

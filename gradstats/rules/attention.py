@@ -15,7 +15,7 @@ from gradstats.rules.linear import project
 from gradstats.rules.view import parts
 
 
-@rule(F.multi_head_attention_forward)
+@rule(F.multi_head_attention_forward, per_position=True)
 def attention(
     use: Use, func: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor,
     embed_dim_to_check: int, num_heads: int,
@@ -36,7 +36,8 @@ def attention(
         k_proj_weight, v_proj_weight, static_k, static_v, average_attn_weights, is_causal,
     )  # fmt: skip
     rare = bias_k is not None or add_zero_attn or static_k is not None or static_v is not None
-    batched = query.dim() == 3 and key.dim() == 3 and query.shape[1] == key.shape[1] == use.batch
+    samples = use.batch if use.positions is None else use.positions[0]
+    batched = query.dim() == 3 and key.dim() == 3 and query.shape[1] == key.shape[1] == samples
     if rare or not batched or (is_causal and attn_mask is None):
         return use.unruled(func, given, {})
     if use_separate_proj_weight:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradstats.ops import call
 from gradstats.probes import Mark, row_gradient
 from gradstats.reference import stats_dtype, sum_stats
-from gradstats.rules import Use, rule
+from gradstats.rules import Use, position, rule
 from gradstats.rules.view import view
 
 
@@ -79,10 +79,15 @@ _FUNCTIONS = ("add", "sub", "mul", "div", "true_divide", "rsub", "where", "maxim
 @rule(
     *(getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)),
     *(getattr(torch, name) for name in _FUNCTIONS),
+    per_position=True,
 )
 def elementwise(use: Use, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not use.tracked(*args):
         return use.unruled(func, args, kwargs)
+    if use.positions is not None:
+        done = position.per_position(use, func, args, kwargs)
+        if done is not None:
+            return done
     tensors = [a for a in args if isinstance(a, Tensor)]
     ndim = max(t.dim() for t in tensors)
     flat = [t for t in tensors if use.mark(t) is None and t.dim() == ndim and use.is_flattened(t)]
@@ -107,7 +112,7 @@ def _flattened(use: Use, func: Callable[..., Any], args: Any, ndim: int, rows: i
         moved.append(arg)
     assert back is not None
     plain = getattr(torch, func.__name__.strip("_").removesuffix("_"), func)
-    return back(elementwise(use, plain, *moved))
+    return back(plain(*(_operand(use, arg, ndim + 1) for arg in moved)))
 
 
 def _operand(use: Use, arg: Any, ndim: int) -> Any:
@@ -126,12 +131,19 @@ def _operand(use: Use, arg: Any, ndim: int) -> Any:
     return spread(use, arg, mark, ndim)
 
 
-@rule(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to)
+@rule(
+    Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, per_position=True
+)  # fmt: skip
 def expand(use: Use, func: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A class token: one parameter, laid out once for each sample."""
     if not use.tracked(input):
         return use.unruled(func, (input, *args), kwargs)
     shape = func(input.detach(), *args, **kwargs).shape
+    if use.positions is not None:
+        own = (1,) * (len(shape) - input.dim()) + input.shape
+        if shape[:2] != use.positions or not position.aligned(use, input, own):
+            return use.unruled(func, (input, *args), kwargs)
+        return position.spread(use, input, len(shape)).expand(shape)
     offset = use.batch_dim - (len(shape) - input.dim())
     alike = offset < 0 or input.shape[offset] == 1
     if len(shape) <= use.batch_dim or shape[use.batch_dim] != use.batch or not alike:

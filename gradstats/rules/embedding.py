@@ -46,7 +46,7 @@ class Embedding(torch.autograd.Function):
         return dw, None, row, m2 if moments else None, None, None, None
 
 
-@rule(F.embedding)
+@rule(F.embedding, per_position=True)
 def embedding(
     use: Use,
     func: Callable[..., Any],

@@ -109,13 +109,16 @@ def project(
     assert weight is not None
     if not use.tracked(weight, bias):
         return F.linear(x, weight, bias)
+    if use.positions is not None:  # (batch, positions, …) is how those are found
+        x = x.transpose(0, batch_dim)
+        return _apply(use, x, weight, bias).transpose(0, batch_dim)  # type: ignore[no-any-return]
     joints = use.joint(weight), use.joint(bias)
     probes = *use.probe(weight), *use.probe(bias)
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
     return Linear.apply(x, weight, bias, *probes, batch_dim, False, joints)  # type: ignore[no-any-return]
 
 
-@rule(F.linear)
+@rule(F.linear, per_position=True)
 def linear(
     use: Use, func: Callable[..., Any], input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Any:
@@ -124,7 +127,7 @@ def linear(
     return _apply(use, input, weight, bias)
 
 
-@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, per_position=True)
 def matmul(use: Use, func: Callable[..., Any], input: Tensor, other: Tensor) -> Any:
     if use.tracked(other) and not _marked(use, input) and other.dim() == 2:
         return _apply(use, input, other, None, transposed=True)
@@ -133,7 +136,7 @@ def matmul(use: Use, func: Callable[..., Any], input: Tensor, other: Tensor) -> 
     return use.unruled(func, (input, other), {})
 
 
-@rule(torch.addmm, Tensor.addmm)
+@rule(torch.addmm, Tensor.addmm, per_position=True)
 def addmm(
     use: Use, func: Callable[..., Any], input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any
 ) -> Any:

@@ -91,7 +91,8 @@ def _layer_norm(
     bias: Tensor | None, eps: float | None, rms: bool,
 ) -> Any:  # fmt: skip
     last = x.dim() - len(shape) <= use.batch_dim
-    if not use.tracked(weight, bias) or use.mark(x) is not None or last:
+    mixes = use.positions is not None and len(shape) > 1  # may be over positions too
+    if not use.tracked(weight, bias) or use.mark(x) is not None or last or mixes:
         args = (x, shape, weight, eps) if rms else (x, shape, weight, bias, eps)
         return use.unruled(func, args, {})
     x, back = use.grouped(x)
@@ -100,7 +101,7 @@ def _layer_norm(
     return back(LayerNorm.apply(x, weight, bias, *probes, list(shape), eps, rms, use.batch_dim))
 
 
-@rule(F.layer_norm, torch.layer_norm)
+@rule(F.layer_norm, torch.layer_norm, per_position=True)
 def layer_norm(
     use: Use, func: Callable[..., Any], input: Tensor, normalized_shape: Sequence[int],
     weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
@@ -108,7 +109,7 @@ def layer_norm(
     return _layer_norm(use, func, input, normalized_shape, weight, bias, eps, rms=False)
 
 
-@rule(F.rms_norm, torch.rms_norm)
+@rule(F.rms_norm, torch.rms_norm, per_position=True)
 def rms_norm(
     use: Use, func: Callable[..., Any], input: Tensor, normalized_shape: Sequence[int],
     weight: Tensor | None = None, eps: float | None = None,

@@ -28,7 +28,7 @@ _REORDERED = (
 )  # fmt: skip
 
 
-@rule(*_SAME_ORDER, *_REORDERED)
+@rule(*_SAME_ORDER, *_REORDERED, per_position=True)
 def view(use: Use, func: Callable[..., Any], input: Any, *args: Any, **kwargs: Any) -> Any:
     mark = use.mark(input)
     if mark is None or mark.name is None or not _plain(func, args):
@@ -62,7 +62,8 @@ def _rows(param: Tensor, index: Any) -> Part | None:
     return None
 
 
-@rule(torch.split, Tensor.split, torch.chunk, Tensor.chunk, torch.unbind, Tensor.unbind)
+@rule(torch.split, Tensor.split, torch.chunk, Tensor.chunk, torch.unbind, Tensor.unbind,
+      per_position=True)  # fmt: skip
 def parts(use: Use, func: Callable[..., Any], input: Any, *args: Any, **kwargs: Any) -> Any:
     """A parameter cut into pieces, as the packed projections of attention are."""
     mark = use.mark(input)
