@@ -1,0 +1,97 @@
+"""Any loader's batches, grouped into optimizer steps by a count that may change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from gradstats.batches import Samples
+from gradstats.errors import InvalidArgumentError
+from gradstats.estimators import require
+from gradstats.loader import Step, world
+
+__all__ = ["GroupedLoader"]
+
+
+class GroupedLoader:
+    """Iterating gives the `Step`s of one pass over `loader`: each of `accumulation_steps` batches.
+
+    For loaders whose order is their own: of an IterableDataset, with a sampler of yours, torchdata's
+    `StatefulDataLoader`. Batches are taken from the loader for one step at a time, in its order, so none
+    is lost or repeated when `accumulation_steps` changes; the last step may hold fewer. On several ranks
+    the loaders must give equally many samples (as DistributedSampler does, by repeating some; StepLoader
+    does it without).
+
+    Args:
+        loader: gives batches, each a tensor or a nest of tuples, lists and dicts of tensors, with the
+            samples in the first dimension. A mid-epoch checkpoint needs one with a `state_dict`.
+        accumulation_steps: batches per step and rank; may be set at any time, for the next step.
+        micro_batch_size: samples of a batch (default: `loader.batch_size`).
+
+    Raises InvalidArgumentError where that is not known.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        accumulation_steps: int = 1,
+        micro_batch_size: int | None = None,
+    ) -> None:
+        size = getattr(loader, "batch_size", None) if micro_batch_size is None else micro_batch_size
+        if size is None:
+            raise InvalidArgumentError(
+                f"{type(loader).__name__} does not say how many samples its batches hold; pass "
+                "micro_batch_size="
+            )
+        self.loader, self.micro_batch_size = loader, int(size)
+        self.world_size, self.dataset_size = world()[1], None
+        self.accumulation_steps = accumulation_steps
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self._accumulation
+
+    @accumulation_steps.setter
+    def accumulation_steps(self, number: int) -> None:
+        require(number >= 1, "accumulation_steps", number, "pass a whole number of at least 1")
+        self._accumulation = int(number)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a whole step, over all ranks."""
+        return self.micro_batch_size * self.world_size * self.accumulation_steps
+
+    def __iter__(self) -> Iterator[Step]:
+        batches = iter(self.loader)
+        while parts := list(islice(batches, self.accumulation_steps)):
+            sizes = [Samples(batch, 0).size for batch in parts]
+            weights = [size / sum(sizes) for size in sizes]
+            yield Step(
+                [size * self.world_size for size in sizes],
+                iter(list(zip(parts, weights, strict=True))),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's state and the count. Raises InvalidArgumentError where the loader has none."""
+        if not hasattr(self.loader, "state_dict"):
+            raise InvalidArgumentError(
+                f"{type(self.loader).__name__} cannot say where it stands in an epoch; use "
+                "torchdata.stateful_dataloader.StatefulDataLoader (pip install torchdata), or "
+                "gradstats.StepLoader"
+            )
+        return {
+            "version": 1,
+            "accumulation_steps": self.accumulation_steps,
+            "loader": self.loader.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`: the next iteration begins after the last step before it."""
+        version = state.get("version")
+        require(
+            version == 1, "version", version, "pass a state that GroupedLoader.state_dict() made"
+        )
+        self.accumulation_steps = state["accumulation_steps"]
+        self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
