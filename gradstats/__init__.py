@@ -17,13 +17,16 @@ from gradstats.errors import (
 )
 
 if TYPE_CHECKING:
-    from gradstats import backends
+    from gradstats import backends, optim
     from gradstats.advice import BatchSizeAdvice, recommend
     from gradstats.checking import check
     from gradstats.estimators import NoiseScale
+    from gradstats.grouped_loader import GroupedLoader
+    from gradstats.loader import StepLoader
     from gradstats.monitor import Monitor, attach
     from gradstats.report import CheckReport
     from gradstats.rules import rule
+    from gradstats.scaling import BatchScaling
     from gradstats.stats import GradStats
 
 __version__ = "0.1.0"
@@ -38,25 +41,32 @@ _LAZY = {
     "check": "checking",
     "CheckReport": "report",
     "rule": "rules",
+    "BatchScaling": "scaling",
+    "GroupedLoader": "grouped_loader",
+    "StepLoader": "loader",
 }
 
 __all__ = [
     "AttachError",
     "BackendError",
     "BatchDimError",
+    "BatchScaling",
     "BatchSizeAdvice",
     "CheckReport",
     "GradStats",
     "GradStatsError",
+    "GroupedLoader",
     "InvalidArgumentError",
     "Monitor",
     "NoStatisticsError",
     "NoiseScale",
     "OrderError",
+    "StepLoader",
     "UnsupportedLayerError",
     "attach",
     "backends",
     "check",
+    "optim",
     "recommend",
     "rule",
 ]
@@ -64,8 +74,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load a part when it is first used, so that importing the package costs next to nothing."""
-    if name == "backends":
-        return importlib.import_module("gradstats.backends")
+    if name in ("backends", "optim"):
+        return importlib.import_module(f"gradstats.{name}")
     if name in _LAZY:
         value = getattr(importlib.import_module(f"gradstats.{_LAZY[name]}"), name)
         globals()[name] = value
