@@ -114,6 +114,31 @@ def test_only_one_of_two_uses_in_the_backward() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_uses_that_cancel_leave_no_negative_norm(dtype: torch.dtype) -> None:
+    class Cancelling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.split([4, 5], 1)
+            together = F.linear(x, self.inner.weight).sum(1)
+            return self.inner(a).sum(1) + F.linear(b, self.inner.weight).sum(1) - together
+
+    torch.manual_seed(0)
+    model = Cancelling().to(dtype)
+    monitor = gradstats.attach(model)
+    for _ in range(20):
+        model.zero_grad()
+        (model(torch.randn(50, 9, 16, dtype=dtype)) * torch.randn(16, dtype=dtype)).sum(
+            1
+        ).mean().backward()
+        sq_norm = monitor.step().layers["inner.weight"].per_sample_sq_norm
+        assert sq_norm.min() >= 0
+        assert sq_norm.max() < 1e-2  # of terms near 1e4
+
+
 def test_tied_head_never_forms_a_gradient_of_a_sample() -> None:
     """At B × V × D this would take 8 GB."""
     torch.manual_seed(0)

@@ -48,6 +48,9 @@ class Joint:
     def __init__(self) -> None:
         self.uses = 0
         self.arrived: list[tuple[int, Factors]] = []
+        self.total: Tensor | None = (
+            None  # (B,): what those that arrived have delivered, as it adds up
+        )
 
     def row_gradient(self, node: object, sq_norm: Tensor, make: Callable[[], Factors]) -> Tensor:
         """As `probes.row_gradient`, with the inner products with the uses that came before.
@@ -58,19 +61,26 @@ class Joint:
         if self.uses < 2:
             return row_gradient(sq_norm)
         if any(known == id(node) for known, _ in self.arrived):
-            self.arrived.clear()
+            self._forget()
             return row_gradient(sq_norm)
         first, factors = not self.arrived, make()
         for _, other in self.arrived:
             sq_norm = sq_norm + 2 * inner_product(factors, other).to(sq_norm.dtype)
+        if self.total is not None:  # uses that cancel leave rounding, of either sign
+            sq_norm = torch.maximum(sq_norm, -self.total)
+        self.total = sq_norm if self.total is None else self.total + sq_norm
         # By number and without their history: the graph holds this, and must not hold itself.
         self.arrived.append((id(node), type(factors)(*(t.detach() for t in factors))))
         if len(self.arrived) == self.uses:
-            self.arrived.clear()
+            self._forget()
         row = row_gradient(sq_norm)
         if not first:
             row[-1] = 0.0  # together they are delivered once
         return row
+
+    def _forget(self) -> None:
+        self.arrived.clear()
+        self.total = None
 
 
 def inner_product(a: Factors, b: Factors) -> Tensor:
