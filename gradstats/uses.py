@@ -103,9 +103,11 @@ class Answers:
         groups, rows = self.current.groups, tensor.shape[0] if tensor.dim() else 0
         if groups is not None:
             return groups if rows == groups.rows else None
-        if self.batch < 2 or rows <= self.batch or rows % self.batch or self.batch_dim != 0:
+        if rows <= self.batch or self.batch < 1 or rows % self.batch or self.batch_dim != 0:
             return None
-        if torch.compiler.is_compiling() or self.is_batched(tensor):
+        if self.batch == 1:
+            return Flattened(1, samples_first=True)  # whatever they are, they are that sample's
+        if torch.compiler.is_compiling():
             return None
         found = self.layouts.get(self.stack[-1].path)
         if found is None and not self.looked:

@@ -182,6 +182,17 @@ def test_flattened_inside_the_model_is_found_out(sequence_first: bool, ids_shape
         assert_matches(monitor.step(), true, 1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(1, 3), (3, 1)])
+def test_flattened_rows_of_a_micro_batch_of_one(sizes) -> None:
+    torch.manual_seed(0)
+    model, ids = Flattening(True), torch.randint(0, 11, (4, 5))
+    true = per_sample_gradients(model, loss, ids)
+    monitor = gradstats.attach(model, moments=True)
+    for part in ids.split(sizes):
+        (loss(model, part) * len(part) / 4).backward()
+    assert_matches(monitor.step(), true, 1e-5)
+
+
 def test_flattened_is_found_out_where_the_first_samples_are_equal() -> None:
     torch.manual_seed(0)
     model, ids = Flattening(True), torch.randint(0, 11, (4, 5))
