@@ -8,7 +8,8 @@ gradient and squares for the probes, chunk by chunk.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from gradstats import alike
 from gradstats.calls import FallbackFailed, random_state, restore_random_state
 from gradstats.interpose import Interposer
 from gradstats.probes import ATTRIBUTE, CONSTANT, row_gradient
@@ -80,12 +82,18 @@ def run(
     Raises FallbackFailed where the module cannot be run this way: it mixes samples, or its inputs
     do not hold them.
     """
-    plan = interposer.plans.get(path)
-    if plan is None:
-        plan = _Plan(interposer, module, path, original)
-        plan.try_out(args, kwargs)
-        interposer.plans[path] = plan
+    plan = interposer.plans.get(path) or _Plan(interposer, module, path, original)
+    plan.prepare(args, kwargs)
+    interposer.plans[path] = plan
     return plan(args, kwargs)
+
+
+class _Ways(NamedTuple):
+    """What a try has proven, for arguments of the same shapes as far as samples go."""
+
+    batched: tuple[bool, ...]
+    vectorised: bool
+    out_dims: list[int]
 
 
 class _Plan:
@@ -94,7 +102,42 @@ class _Plan:
     def __init__(self, interposer: Interposer, module: Any, path: str, original: Any) -> None:
         self.interposer, self.module, self.path, self.original = interposer, module, path, original
         self.vectorised = True
-        self.out_dims: list[int] = []
+        self.out_dims: list[int] = []  # of the samples in each tensor that comes out; -1 for none
+        self.batched: tuple[bool, ...] = ()  # which leaves of the arguments hold samples
+        self.known: dict[Any, _Ways] = {}
+
+    def prepare(self, args: Any, kwargs: Any) -> None:
+        """Try out what was not met before: which arguments hold samples, as far as shapes tell.
+
+        One sample alone does not show where the samples are in what comes out, and other sizes may
+        coincide with the batch's.
+        """
+        it = self.interposer
+        fits = tuple(
+            isinstance(v, Tensor)
+            and it.is_batched(v)
+            and getattr(v, ATTRIBUTE, None) is not CONSTANT
+            for v in pytree.tree_leaves((args, kwargs))
+        )
+        key = fits, it.batch > 1
+        if key not in self.known:
+            proven = {w.batched for w in self.known.values() if len(w.batched) == len(fits)}
+            fewer = [
+                w
+                for w in proven
+                if w != fits and all(f or not h for h, f in zip(w, fits, strict=True))
+            ]
+            for self.batched in (*fewer, fits):
+                try:
+                    self.try_out(args, kwargs)
+                    break
+                except FallbackFailed:
+                    if self.batched is fits:
+                        raise
+            if not self.known:
+                self._announce()
+            self.known[key] = _Ways(self.batched, self.vectorised, self.out_dims)
+        self.batched, self.vectorised, self.out_dims = self.known[key]
 
     # ---- the first run -----------------------------------------------------------------------
 
@@ -118,17 +161,20 @@ class _Plan:
         problems = []
         with torch.enable_grad():
             plain = self.original(*args, **kwargs)
-            expected = _outputs_and_gradients(plain, params)
-            for vectorised in (True, False):
+            try:
+                expected = alike.results(plain, params)
+            except RuntimeError as error:  # as of a reentrant checkpoint
+                problems = [alike.first_line(error)] * 2
+            for vectorised in (True, False) if not problems else ():
                 restore()
                 self.vectorised = vectorised
                 try:
-                    self._find_out_dims(plain)
-                    _compare(_outputs_and_gradients(self(args, kwargs), params), expected)
-                    self._announce()
+                    self._find_out_dims(plain, args, kwargs)
+                    restore()
+                    alike.require(alike.results(self(args, kwargs), params), expected)
                     break
                 except Exception as error:
-                    problems.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+                    problems.append(alike.first_line(error))
             restore()
         if len(problems) == 2:
             need = self.interposer.fallbacks[self.path]
@@ -152,15 +198,20 @@ class _Plan:
             stacklevel=2,
         )
 
-    def _find_out_dims(self, expected: Any) -> None:
-        self.out_dims = []
+    def _find_out_dims(self, expected: Any, args: Any, kwargs: Any) -> None:
+        """The dimensions that shrink where the module sees one sample."""
         batch, default = self.interposer.batch, self.interposer.batch_dim
-        for t in pytree.tree_leaves(expected):
-            if isinstance(t, Tensor):
-                fits = [default, *range(t.dim())]
-                self.out_dims.append(
-                    next((d for d in fits if d < t.dim() and t.shape[d] == batch), -1)
-                )
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        one = [
+            v.narrow(default, 0, 1) if b else v for v, b in zip(leaves, self.batched, strict=True)
+        ]
+        with torch.no_grad():
+            args, kwargs = pytree.tree_unflatten(one, spec)
+            alone = self.original(*args, **kwargs)
+        self.out_dims = []
+        for t, u in zip(alike.tensors(expected), alike.tensors(alone), strict=True):
+            fits = [d for d in (default, *range(t.dim())) if d < t.dim() and t.shape[d] == batch]
+            self.out_dims.append(next((d for d in fits if u.shape[d] == 1), -1))
 
     # ---- every run ---------------------------------------------------------------------------
 
@@ -168,6 +219,19 @@ class _Plan:
         """The module's trainable parameters: name in the model -> (name in the module, tensor)."""
         marked = ((n, p, getattr(p, ATTRIBUTE, None)) for n, p in self.module.named_parameters())
         return {m.name: (n, p) for n, p, m in marked if m is not None and p.requires_grad}
+
+    def _places(self) -> dict[str, str]:
+        """Every place of a trainable parameter (name in the module -> in the model), once each.
+
+        A module that sits at several paths is one place: put there twice, what was there is lost.
+        """
+        found = {}
+        for path, module in self.module.named_modules():
+            for key, p in module._parameters.items():
+                mark = getattr(p, ATTRIBUTE, None)
+                if mark is not None and p.requires_grad:
+                    found[f"{path}.{key}" if path else key] = mark.name
+        return found
 
     def _bytes(self) -> int:
         return sum(p.numel() * p.element_size() for _, p in self._parameters().values())
@@ -190,33 +254,34 @@ class _Plan:
         params = self._parameters()
         probes = {n: it.probe_of(n, getattr(p, ATTRIBUTE).m2) for n, (_, p) in params.items()}
         merges = {n: _Merge() for n in params}
+        places = self._places()
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        batched = [isinstance(v, Tensor) and it.is_batched(v)
-                   and getattr(v, ATTRIBUTE, None) is not CONSTANT for v in leaves]  # fmt: skip
+        batched = self.batched
         if not any(batched):
             raise ValueError(f"none of its inputs has {it.batch} samples in dim {it.batch_dim}")
         chunk = self._chunk(it.batch)
         outputs = []
         for start in range(0, it.batch, chunk):
             stop = min(start + chunk, it.batch)
-            expanded = {
-                local: Expand.apply(p, *probes[n], start, stop, merges[n])
-                for n, (local, p) in params.items()
+            rows = {
+                n: Expand.apply(p, *probes[n], start, stop, merges[n])
+                for n, (_, p) in params.items()
             }
+            expanded = {local: rows[n] for local, n in places.items()}
             part = [v.narrow(it.batch_dim, start, stop - start) if b else v
                     for v, b in zip(leaves, batched, strict=True)]  # fmt: skip
             outputs.append(self._run_chunk(expanded, part, batched, spec))
         return self._join(outputs)
 
     def _run_chunk(
-        self, expanded: dict[str, Any], leaves: list[Any], batched: list[bool], spec: Any
+        self, expanded: dict[str, Any], leaves: list[Any], batched: Sequence[bool], spec: Any
     ) -> Any:
         dim = self.interposer.batch_dim
 
         def one(params: dict[str, Tensor], values: list[Any]) -> Any:
             args, kwargs = pytree.tree_unflatten(values, spec)
             # As torch.func.functional_call does, but without running the module's hooks again.
-            with _Corrected(), _reparametrize_module(self.module, params, tie_weights=True):
+            with _Corrected(), _reparametrize_module(self.module, params):
                 return self.original(*args, **kwargs)
 
         if not self.vectorised:
@@ -276,28 +341,3 @@ def _embedding(
         return out
     padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
     return torch.where(padding, out.detach(), out)
-
-
-def _outputs_and_gradients(out: Any, params: list[Tensor]) -> list[Tensor]:
-    """The tensors of `out`, and the parameters' gradients of a fixed function of them."""
-    outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
-    smooth = [t for t in outputs if t.requires_grad]
-    ramps = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device) for t in smooth]
-    if not smooth:
-        return outputs
-    grads = torch.autograd.grad(
-        smooth, params, [r.view(t.shape) for t, r in zip(smooth, ramps, strict=True)],
-        allow_unused=True,
-    )  # fmt: skip
-    zeros = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
-    return [t.detach() for t in (*outputs, *zeros)]
-
-
-def _compare(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        if a.shape != b.shape:
-            raise ValueError(f"a result of shape {tuple(a.shape)}, not {tuple(b.shape)}")
-        if b.is_floating_point() and b.numel():
-            tolerance = 2e-2 if b.dtype in (torch.float16, torch.bfloat16) else 1e-3
-            if not ((a - b).norm() <= tolerance * b.norm() + 1e-12):
-                raise ValueError("its results differ when each sample runs alone")

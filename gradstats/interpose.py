@@ -145,6 +145,8 @@ class Interposer(Answers, TorchFunctionMode):
             return self._enter_traced(original, args, kwargs)
         if self.current is not None:
             return self._enter_nested(module, path, original, args, kwargs)
+        if self._was_within_fallback(path):
+            return original(*args, **kwargs)
         first = path not in self.settled
         before = layout.State(module, self.device) if first else None
         try:
@@ -253,11 +255,14 @@ class Interposer(Answers, TorchFunctionMode):
                 self.adopted(name, param)
 
     def _run_fallback(self, module: Any, path: str, original: Any, args: Any, kwargs: Any) -> Any:
+        assert self.current is not None
         self.suspended = True
         try:
-            return self._fallback(self, module, path, original, args, kwargs)
+            out = self._fallback(self, module, path, original, args, kwargs)
         finally:
             self.suspended = False
+        self.current.by_fallback.add(path)
+        return out
 
     # ---- passes ------------------------------------------------------------------------------
 
@@ -293,6 +298,12 @@ class Interposer(Answers, TorchFunctionMode):
             )
         found = fitting[-1]
         return Pass(found.batch, found.leaf, recomputing=True, groups=told or found.groups)
+
+    def _was_within_fallback(self, path: str) -> bool:
+        """Whether a checkpoint recomputes what ran without rules, inside a module of the fallback."""
+        if torch._C._current_graph_task_id() == -1:
+            return False
+        return any(within(path, outer) for p in self._passes for outer in p.by_fallback)
 
     def samples_around(self) -> int | None:
         """Samples of the forward that runs, or that a checkpoint recomputes a part of."""
