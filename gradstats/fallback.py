@@ -12,66 +12,21 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.stateless import _reparametrize_module
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from gradstats import alike
 from gradstats.calls import FallbackFailed, random_state, restore_random_state
+from gradstats.expand import Corrected, Expand, Merge
 from gradstats.interpose import Interposer
-from gradstats.probes import ATTRIBUTE, CONSTANT, row_gradient
-from gradstats.reference import stats_dtype
+from gradstats.probes import ATTRIBUTE, CONSTANT
 
 _TENSOR = object()
 
 
 class FallbackWarning(UserWarning):
     """A module is measured by the fallback: exact, but not free."""
-
-
-class _Merge:
-    """Chan's merge of chunks: what each adds to the second moment about the common mean."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.sum: Tensor | None = None
-
-    def add(self, count: int, total: Tensor, m2: Tensor) -> Tensor:
-        before, known = self.count, self.sum
-        self.count += count
-        self.sum = total if known is None else known + total
-        if known is None:
-            return m2
-        gap = known / before - total / count
-        return m2 + gap.square() * (before * count / (before + count))
-
-
-class Expand(torch.autograd.Function):
-    """A parameter expanded over one chunk of samples; the gradient comes back per sample."""
-
-    @staticmethod
-    def forward(ctx, param, row, m2, start, stop, merge):  # type: ignore[no-untyped-def]
-        ctx.part = start, stop, 0 if row is None else row.shape[0] - 1
-        ctx.merge = merge
-        return param.expand(stop - start, *param.shape)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
-        start, stop, batch = ctx.part
-        wide = g.to(stats_dtype(g.dtype))
-        total = wide.sum(0)
-        row = m2 = None
-        if ctx.needs_input_grad[1]:
-            row = row_gradient(wide.new_zeros(batch))
-            row[start:stop] = wide.flatten(1).square().sum(1) if g.dim() > 1 else wide.square()
-            row[-1] = float(start == 0)
-        if ctx.needs_input_grad[2]:
-            centred = (wide - total / (stop - start)).square().sum(0)
-            m2 = ctx.merge.add(stop - start, total, centred)
-        return total.to(g.dtype), row, m2, None, None, None
 
 
 def run(
@@ -253,7 +208,7 @@ class _Plan:
         it = self.interposer
         params = self._parameters()
         probes = {n: it.probe_of(n, getattr(p, ATTRIBUTE).m2) for n, (_, p) in params.items()}
-        merges = {n: _Merge() for n in params}
+        merges = {n: Merge() for n in params}
         places = self._places()
         leaves, spec = pytree.tree_flatten((args, kwargs))
         batched = self.batched
@@ -281,7 +236,7 @@ class _Plan:
         def one(params: dict[str, Tensor], values: list[Any]) -> Any:
             args, kwargs = pytree.tree_unflatten(values, spec)
             # As torch.func.functional_call does, but without running the module's hooks again.
-            with _Corrected(), _reparametrize_module(self.module, params):
+            with Corrected(), _reparametrize_module(self.module, params):
                 return self.original(*args, **kwargs)
 
         if not self.vectorised:
@@ -321,23 +276,3 @@ class _Plan:
             dim = next(dims)
             joined.append(torch.cat(column, dim) if dim >= 0 else column[0])
         return pytree.tree_unflatten(joined, spec)
-
-
-class _Corrected(TorchFunctionMode):
-    """vmap over an embedding's weight forgets `padding_idx`: keep those rows from the gradient."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.embedding:
-            return func(*args, **kwargs)
-        return _embedding(*args, **kwargs)
-
-
-def _embedding(
-    input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
-) -> Tensor:
-    out = F.embedding(input, weight, padding_idx, *args, **kwargs)
-    if padding_idx is None:
-        return out
-    padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
-    return torch.where(padding, out.detach(), out)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hypothesis import HealthCheck, given, settings
-from random_models import Spec, examine, specs
+from random_models import examine
+from random_specs import Spec, specs
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
