@@ -17,7 +17,7 @@ from gradstats.errors import (
 )
 
 if TYPE_CHECKING:
-    from gradstats import backends, optim
+    from gradstats import backends, optim, schedulers
     from gradstats.advice import BatchSizeAdvice, recommend
     from gradstats.checking import check
     from gradstats.estimators import NoiseScale
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gradstats.report import CheckReport
     from gradstats.rules import rule
     from gradstats.scaling import BatchScaling
+    from gradstats.schedulers import BatchSizeScheduler
     from gradstats.stats import GradStats
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ _LAZY = {
     "CheckReport": "report",
     "rule": "rules",
     "BatchScaling": "scaling",
+    "BatchSizeScheduler": "schedulers",
     "GroupedLoader": "grouped_loader",
     "StepLoader": "loader",
 }
@@ -52,6 +54,7 @@ __all__ = [
     "BatchDimError",
     "BatchScaling",
     "BatchSizeAdvice",
+    "BatchSizeScheduler",
     "CheckReport",
     "GradStats",
     "GradStatsError",
@@ -69,12 +72,13 @@ __all__ = [
     "optim",
     "recommend",
     "rule",
+    "schedulers",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Load a part when it is first used, so that importing the package costs next to nothing."""
-    if name in ("backends", "optim"):
+    if name in ("backends", "optim", "schedulers"):
         return importlib.import_module(f"gradstats.{name}")
     if name in _LAZY:
         value = getattr(importlib.import_module(f"gradstats.{_LAZY[name]}"), name)

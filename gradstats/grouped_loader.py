@@ -47,6 +47,7 @@ class GroupedLoader:
             )
         self.loader, self.micro_batch_size = loader, int(size)
         self.world_size, self.dataset_size = world()[1], None
+        self.samples = 0  # handed out in all, over all ranks
         self.accumulation_steps = accumulation_steps
 
     @property
@@ -68,10 +69,9 @@ class GroupedLoader:
         while parts := list(islice(batches, self.accumulation_steps)):
             sizes = [Samples(batch, 0).size for batch in parts]
             weights = [size / sum(sizes) for size in sizes]
-            yield Step(
-                [size * self.world_size for size in sizes],
-                iter(list(zip(parts, weights, strict=True))),
-            )
+            everywhere = [size * self.world_size for size in sizes]
+            self.samples += sum(everywhere)
+            yield Step(everywhere, iter(list(zip(parts, weights, strict=True))))
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's state and the count. Raises InvalidArgumentError where the loader has none."""
@@ -84,6 +84,7 @@ class GroupedLoader:
         return {
             "version": 1,
             "accumulation_steps": self.accumulation_steps,
+            "samples": self.samples,
             "loader": self.loader.state_dict(),
         }
 
@@ -93,5 +94,5 @@ class GroupedLoader:
         require(
             version == 1, "version", version, "pass a state that GroupedLoader.state_dict() made"
         )
-        self.accumulation_steps = state["accumulation_steps"]
+        self.accumulation_steps, self.samples = state["accumulation_steps"], state["samples"]
         self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]

@@ -118,6 +118,7 @@ class StepLoader:
         self.shuffle, self.seed, self.full = shuffle, seed, full
         self.epoch = 0
         self.position = 0  # samples of this epoch's order that were handed out
+        self.samples = 0  # handed out in all, over all ranks
         self._micro = self._next_micro = micro_batch_size
         self._accumulation = batch_size // unit
         self._carried: list[int] = []  # left over by the epoch before
@@ -194,6 +195,7 @@ class StepLoader:
             "shuffle": self.shuffle,
             "epoch": self.epoch,
             "position": self._began,
+            "samples": self.samples - (self.position - self._began),
             "carried": list(self._carried),
             "batch_size": self.batch_size,
         }
@@ -211,7 +213,9 @@ class StepLoader:
                 f"the state has (version, dataset_size, seed, shuffle) = {seen}, this loader {own}; "
                 "samples would be lost or repeated. Load it with the dataset and seed it was made with"
             )
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.epoch, self.position, self.samples = (
+            state[key] for key in ("epoch", "position", "samples")
+        )
         self._carried, self._order_of = list(state["carried"]), None
         self._accumulation = max(1, round(state["batch_size"] / (self._micro * self.world_size)))
         self._began, self._batches, self._steps = self.position, None, self._steps + 1
@@ -232,6 +236,7 @@ class StepLoader:
                 self._batches = iter(self._loader)
             batch = next(self._batches)
             self.position += size
+            self.samples += size
             if number == len(sizes):
                 self._began = self.position
             first, end = share(size, self.rank, self.world_size)

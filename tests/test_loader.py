@@ -29,6 +29,7 @@ def taken(step) -> list[int]:
 # --- the plan: pure numbers -----------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), SIZES, SIZES)
 def test_rows_hold_every_sample_and_every_rank_in_each(n, micro, world):
     sizes = row_sizes(n, micro, world)
@@ -45,6 +46,7 @@ def test_rows_hold_every_sample_and_every_rank_in_each(n, micro, world):
         assert all(1 <= end - first <= micro for mine in every for first, end in mine)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), SIZES, SIZES, st.data())
 def test_a_plan_goes_on_from_any_row(n, micro, world, data):
     sizes = row_sizes(n, micro, world)
@@ -52,6 +54,7 @@ def test_a_plan_goes_on_from_any_row(n, micro, world, data):
     assert row_sizes(n - sum(sizes[:done]), micro, world) == (sizes[done:] if n >= world else [])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), SIZES, SIZES)
 def test_full_rows_are_of_one_size(n, micro, world):
     sizes = row_sizes(n, micro, world, full=True)
@@ -59,6 +62,7 @@ def test_full_rows_are_of_one_size(n, micro, world):
     assert 0 <= n - sum(sizes) < micro * world
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), SIZES)
 def test_shares_differ_by_one_at_most(size, world):
     parts = [share(size, rank, world) for rank in range(world)]
@@ -168,6 +172,7 @@ def test_a_new_count_holds_from_the_next_step_on():
         sizes.append(len(taken(next(steps))))
     assert sizes == [4, 10, 2, 6]
     assert loader.batch_size == 6
+    assert sum(len(taken(step)) for step in steps) == 18
 
 
 @pytest.mark.parametrize("number", range(5))

@@ -248,6 +248,7 @@ EDGES = {
     "plan": set(),
     "loader": {"errors", "estimators", "plan"},
     "grouped_loader": {"batches", "errors", "estimators", "loader"},
+    "schedulers": {"advice", "errors", "estimators", "rates", "scaling", "schedulers"},
     "optim": {"errors", "estimators", "optim", "stats"},
     "report": set(),
     "batches": set(),

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler as lrs
@@ -43,6 +43,7 @@ def test_half_life():
     assert half_life(1.0, 8) == math.inf
 
 
+@settings(deadline=None)
 @given(st.floats(0.01, 0.9999), st.integers(1, 10_000), st.integers(1, 10_000))
 def test_a_decay_keeps_its_half_life(decay, start, end):
     scaled = scale_decay(decay, start, end)
