@@ -52,6 +52,31 @@ class Grouping:
         return samples.flatten(0, 1).index_select(0, self._place)
 
 
+class Counted:
+    """The samples of a forward that count. Those left out must add nothing to any gradient."""
+
+    def __init__(self, mask: Tensor) -> None:
+        """`mask`: booleans, an entry for each sample. Waits for the device."""
+        self.size = mask.numel()
+        self.inside = mask.flatten().nonzero().flatten()
+        self.outside = (~mask).flatten().nonzero().flatten()
+
+
+class Packed:
+    """Rows that are (1, rows, …), whose samples `groups` tells."""
+
+    def __init__(self, groups: Grouping) -> None:
+        self._groups = groups
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(1, rows, …) to (batch, longest, …)."""
+        return self._groups.gather(rows.squeeze(0))
+
+    def scatter(self, samples: Tensor) -> Tensor:
+        """(batch, longest, …) back to (1, rows, …)."""
+        return self._groups.scatter(samples).unsqueeze(0)
+
+
 class Flattened:
     """Rows that are (B·T, …), or (T·B, …), as many of every sample."""
 

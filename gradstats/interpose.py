@@ -15,6 +15,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from gradstats.calls import (
     within,
 )
 from gradstats.errors import BatchDimError, UnsupportedLayerError
-from gradstats.grouping import Grouping
+from gradstats.grouping import Counted, Grouping
 from gradstats.layout import NeedsLayout, Recorder
 from gradstats.probes import (
     ATTRIBUTE,
@@ -111,6 +112,7 @@ class Interposer(Answers, TorchFunctionMode):
         self.missed: dict[str, str] = {}
         self.marks: dict[str, Mark] = {}
         self.groups: Grouping | None = None  # of the forwards to come
+        self.counted: Counted | None = None  # of the forwards to come, where not all samples count
         self.layouts: dict[str, str] = {}  # of flattened inputs, by the module that met them
         self.looked = False
         self.recorder: Recorder | None = None
@@ -181,9 +183,9 @@ class Interposer(Answers, TorchFunctionMode):
     def _enter_traced(self, original: Any, args: Any, kwargs: Any) -> Any:
         if self.current is not None:
             return original(*args, **kwargs)
-        if self.groups is not None:
+        if self.groups is not None or self.counted is not None:
             raise UnsupportedLayerError(
-                "samples(ids=...) does not reach into a compiled forward. Run the model uncompiled, "
+                "samples(...) does not reach into a compiled forward. Run the model uncompiled, "
                 "or keep (batch, ...) inside it."
             )
         # Multiplying a tuple specialises a symbolic batch size: the rows need a number.
@@ -278,7 +280,15 @@ class Interposer(Answers, TorchFunctionMode):
         groups = self.groups
         batch = self._batch_size(path, args, kwargs) if groups is None else groups.batch
         leaf = new_leaf(len(self.index), batch, self.dtype, self.device)
-        leaf.register_post_accumulate_grad_hook(self.ledger.deliver)
+        deliver: Callable[[Tensor], None] = self.ledger.deliver
+        if self.counted is not None:
+            if self.counted.size != batch:
+                raise BatchDimError(
+                    f"samples(mask=...) has {self.counted.size} entries, and {named(path)} got {batch} "
+                    "samples. Give it an entry for each sample."
+                )
+            deliver = partial(self.ledger.deliver, counted=self.counted)
+        leaf.register_post_accumulate_grad_hook(deliver)
         opened = Pass(batch, leaf, groups=groups)
         opened.look_at(tensors_in(*args, kwargs), self.batch_dim)
         self._passes.append(opened)
@@ -289,7 +299,7 @@ class Interposer(Answers, TorchFunctionMode):
         told = self.groups  # by the part that is recomputed
         size = self._batch_size(path, args, kwargs) if told is None else told.batch
         fitting = [p for p in self._passes
-                   if p.batch == size or (p.groups is not None and p.groups.rows == size)]  # fmt: skip
+                   if p.batch == size or (p.groups is not None and size in (1, p.groups.rows))]  # fmt: skip
         if not fitting or (len(fitting) > 1 and any(p.skipped for p in fitting)):
             raise UnsupportedLayerError(
                 f"{named(path)} is recomputed by a checkpoint in the backward, and {len(fitting)} "

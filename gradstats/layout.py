@@ -7,6 +7,7 @@ sample 0's: the first ones of (B·T, …), or every B-th of (T·B, …). Anythin
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -38,10 +39,14 @@ class _Site(NamedTuple):
 
 
 class Recorder(TorchFunctionMode):
-    """Takes fingerprints of every activation that meets a parameter, module by module."""
+    """Takes fingerprints of every activation that meets a parameter, module by module.
 
-    def __init__(self) -> None:
+    But for those whose rows `Monitor.samples` tells: an expert gets other numbers of them.
+    """
+
+    def __init__(self, interposer: Any) -> None:
         super().__init__()
+        self._interposer = interposer
         self.sites: list[_Site] = []
         self._paths: list[str] = [""]
 
@@ -55,7 +60,8 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = tensors_in(*args, kwargs or {})
         marks = [getattr(t, ATTRIBUTE, None) for t in tensors]
-        if func not in _OWN_ORDER and any(m is not None and m.name is not None for m in marks):
+        open_ = func not in _OWN_ORDER and self._interposer.groups is None
+        if open_ and any(m is not None and m.name is not None for m in marks):
             self.sites += [
                 _Site(self._paths[-1], _prints(t), tuple(t.shape))
                 for t, mark in zip(tensors, marks, strict=True)
@@ -100,12 +106,13 @@ def find(
     values = pytree.tree_map(lambda v: _moved(v, batch, other), (args, kwargs))
     before = _run(interposer, state, original, args, kwargs)
     after = _run(interposer, state, original, *values)
-    if [(s.path, s.prints.shape) for s in before] != [(s.path, s.prints.shape) for s in after]:
-        raise BatchDimError(
-            "the model flattens samples and takes other ways, or other numbers of rows, when a "
-            "sample changes, so their rows could not be found. Say which sample each row is of with "
-            "monitor.samples(ids=...)."
-        )
+    for one, two in zip_longest(before, after):
+        if one is None or two is None or (one.path, one.shape) != (two.path, two.shape):
+            raise BatchDimError(
+                f"the model flattens samples, and from {named((one or two).path)} on it takes other "
+                "ways, or gets other numbers of rows, when a sample changes, so their rows could not be "
+                "found. Say which sample each row is of with monitor.samples(ids=...)."
+            )
     layouts: dict[str, str] = {}
     for a, b in zip(before, after, strict=True):
         rows = a.prints.shape[0]
@@ -156,7 +163,7 @@ def _run(
 ) -> list[_Site]:
     """What a forward's parameters meet. Random numbers and buffers are as before it afterwards."""
     state.restore()
-    interposer.recorder = Recorder()
+    interposer.recorder = Recorder(interposer)
     try:
         with interposer.recorder:
             original(*args, **kwargs)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gradstats import advice, distributed, estimators, record
-from gradstats.errors import BatchDimError, GradStatsError, InvalidArgumentError, NoStatisticsError
-from gradstats.grouping import Grouping
+from gradstats import advice, distributed, estimators, record, told
+from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
 from gradstats.install import install, uninstall
+from gradstats.loss_scale import LossScale
 from gradstats.moments import SecondMoments
 from gradstats.order import Order
 from gradstats.self_check import SelfCheck
@@ -30,6 +30,7 @@ def attach(
     optimizer: torch.optim.Optimizer | None = None,
     method: Method = "per_sample",
     loss_reduction: Literal["mean", "sum"] = "mean",
+    grad_scaler: Any = None,
     every: int = 1,
     moments: bool = False,
     per_layer: bool = True,
@@ -53,6 +54,8 @@ def attach(
         optimizer: where `recommend` reads the learning rate and its scaling rule from.
         method: "per_sample", exact for every sample.
         loss_reduction: how the loss joins samples, "mean" or "sum". Only absolute norms depend on it.
+        grad_scaler: the torch.amp.GradScaler that scales the loss, so that absolute norms are in units
+            of the loss itself; without it they are of the scaled one.
         every: measure one step out of `every`; the others cost nothing.
         moments: also the elementwise variance of each weight's gradient (`GradStats.grad_var`), at
             one tensor of the weight's size each.
@@ -82,6 +85,7 @@ def attach(
         optimizer=optimizer,
         method=method,
         loss_reduction=loss_reduction,
+        grad_scaler=grad_scaler,
         every=every,
         moments=moments,
         per_layer=per_layer,
@@ -105,6 +109,7 @@ class Monitor:
         optimizer: torch.optim.Optimizer | None,
         method: str,
         loss_reduction: str,
+        grad_scaler: Any,
         every: int,
         moments: bool,
         per_layer: bool,
@@ -134,6 +139,7 @@ class Monitor:
         self._model = distributed.unwrapped(model)
         self._optimizer = optimizer
         self._summed = loss_reduction == "sum"
+        self._loss_scale = None if grad_scaler is None else LossScale(grad_scaler, optimizer)
         self._per_layer = per_layer
         self._half_life, self._confidence = half_life, confidence
         self._sample = sample
@@ -173,7 +179,7 @@ class Monitor:
 
         Raises:
             NoStatisticsError: no backward went through the model since the last call.
-            OrderError: the gradients were changed, used or cleared before this call.
+            OrderError: the gradients were changed, used, cleared or unscaled before this call.
             GradStatsError: the self check found a wrong number.
         """
         self._require_attached()
@@ -188,6 +194,7 @@ class Monitor:
             if self._self_check is not None:
                 self._self_check.finish()
             groups = record.group(deliveries, reasons)
+            scale = self._loss_scale.factor(groups[0].rows) if self._loss_scale else None
         except GradStatsError:
             self._give_up(params)
             raise
@@ -197,14 +204,14 @@ class Monitor:
             absent = self._ranks.absent(params)
             local = record.gather(names, params, groups, reasons, absent)
             joined = self._ranks.join(params, local)
-        m2 = self._moments.take([n for n, _ in groups], joined) if self._moments else {}
+        m2 = self._moments.take([g.batch for g in groups], joined) if self._moments else {}
         if self._ranks is not None and joined is not None:
             error = self._ranks.finish(joined)
             if error is not None:
                 self._next(None)
                 raise error
         stats = record.build(
-            names, params, local, joined, reasons, self._summed, self._per_layer, m2
+            names, params, local, joined, reasons, self._summed, self._per_layer, m2, scale
         )
         self._series.add(stats)
         return self._next(stats)
@@ -218,38 +225,38 @@ class Monitor:
             self._ranks.forget()
             self._next(None)  # as the others do, so that `every` leaves out the same steps
 
-    @contextmanager
-    def samples(self, ids: Tensor, num_samples: int | None = None) -> Iterator[None]:
+    def samples(
+        self,
+        ids: Tensor | None = None,
+        num_samples: int | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> AbstractContextManager[None]:
         """Say whose rows a flattened input holds, for the forwards inside the `with` block.
 
         Around the model's forward, or within it around a part that sees other rows, as an expert
-        does of the tokens that are routed to it.
+        does of the tokens that are routed to it. Waits for the device once.
 
         `ids`: (rows,), the sample of each row, numbered from 0: packed sequences, (B·T, …) before a
-        linear layer, gathered tokens. Tensors with as many rows are read by it, tensors with
-        `num_samples` entries in `batch_dim` as ever (default: those of the forward around it, else
-        the largest id plus 1). Waits for the device once. Linear layers, embeddings, LayerNorm,
-        RMSNorm and elementwise parameters take flattened inputs; others are reported as not
-        covered, or refused.
+        linear layer, gathered tokens. Tensors with as many rows, (rows, …) or (1, rows, …), are read by
+        it, tensors with `num_samples` entries in `batch_dim` as ever (default: those of the forward
+        around it, else the largest id plus 1). Linear layers, embeddings, LayerNorm, RMSNorm and
+        elementwise parameters take flattened inputs; others are reported as not covered, or refused.
+        `cu_seqlens`: (samples + 1,), the same for sequences one after the other: where each begins,
+        and the number of rows.
+        `mask`: booleans, one for each sample ((batch, positions) where a sample is a token): False for
+        what is there to fill the batch up. It is left out of the counts, and must have no part in
+        the loss: a parameter whose gradient it contributed to is reported as not covered.
 
         Raises:
             BatchDimError: ids are not whole numbers from 0 to `num_samples` − 1, or within a forward
-                of another number of samples.
+                of another number of samples; offsets that fall; a mask of another size.
+            InvalidArgumentError: arguments that do not go together; ids where tokens are samples; a
+                mask with `moments=True`.
         """
-        around = self._interposer.samples_around()
-        if num_samples is None:
-            num_samples = int(ids.max()) + 1 if around is None and ids.numel() else around or 0
-        if around is not None and num_samples != around:
-            raise BatchDimError(
-                f"samples(num_samples={num_samples}) within a forward of {around} samples. "
-                "Leave num_samples out there."
-            )
-        holder = self._interposer.current or self._interposer
-        before, holder.groups = holder.groups, Grouping(ids, num_samples)
-        try:
-            yield
-        finally:
-            holder.groups = before
+        moments = self._moments is not None
+        return told.samples(self._interposer, ids, num_samples, cu_seqlens, mask, moments)
 
     def _next(self, stats: GradStats | None) -> GradStats | None:
         self._steps += 1

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradstats.grouping import Grouping
+from gradstats.grouping import Counted, Grouping
 
 ATTRIBUTE = "_gradstats"
 
@@ -154,6 +154,7 @@ class Delivery:
     task: int  # the engine's number of the backward() call; passes of one call are one batch
     leaf: Tensor | None = None
     rows: Tensor | None = None
+    counted: Counted | None = None  # the samples that count, where not all do
 
     def gradient(self) -> Tensor:
         rows = self.rows if self.leaf is None else self.leaf.grad
@@ -169,7 +170,7 @@ class Ledger:
     between: Callable[[], None] | None = None  # wants to run after each backward, before the next
     settled: Callable[[], None] | None = None  # wants to run at the end of each backward
 
-    def deliver(self, leaf: Tensor) -> None:
+    def deliver(self, leaf: Tensor, counted: Counted | None = None) -> None:
         """Hook of a leaf that belongs to one eager pass; it may fire in several parts."""
         task = torch._C._current_graph_task_id()
         self._at_the_end(self.settled)
@@ -177,7 +178,7 @@ class Ledger:
             if known.leaf is leaf:
                 known.task = min(known.task, task)
                 return
-        self.deliveries.append(Delivery(leaf.shape[1] - 1, task, leaf=leaf))
+        self.deliveries.append(Delivery(leaf.shape[1] - 1, task, leaf=leaf, counted=counted))
 
     def deliver_shared(self, leaf: Tensor) -> None:
         """Hook of the leaf that every run of a compiled graph shares: take the gradient away."""

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradstats.errors import BatchDimError, NoStatisticsError
+from gradstats.grouping import Counted
 from gradstats.ops import call
 from gradstats.probes import Delivery
 from gradstats.stats import Coverage, GradStats, Scaled, at_least_one
+
+STRAYS = (
+    "samples that samples(mask=...) left out contributed to its gradient, as masked tokens do that "
+    "others attend to; leave out only what has no part in the loss"
+)
 
 
 @dataclass
@@ -26,6 +32,7 @@ class Local:
     grad_sq_norm: Tensor  # (P,) of p.grad, or of what this process holds of it
     trainable: tuple[bool, ...]
     lost: Tensor | None = None  # (P,) contributed to, but without a gradient
+    strays: Tensor | None = None  # (P,) contributed to by samples that do not count
 
 
 @dataclass
@@ -41,8 +48,16 @@ class Joined:
     causes: tuple[tuple[Tensor, str], ...]  # why parameters were not measured
 
 
-def group(deliveries: Sequence[Delivery], reasons: Mapping[str, str]) -> list[tuple[int, Tensor]]:
-    """Deliveries of one backward() call are of the same samples: (batch, rows (P, B + 1)) each."""
+class Group(NamedTuple):
+    """What one backward() call delivered for its samples. `rows`: (P, B + 1)."""
+
+    batch: int
+    rows: Tensor
+    counted: Counted | None
+
+
+def group(deliveries: Sequence[Delivery], reasons: Mapping[str, str]) -> list[Group]:
+    """Deliveries of one backward() call are of the same samples, and are added up."""
     if not deliveries and reasons:
         name, why = next(iter(reasons.items()))
         raise NoStatisticsError(
@@ -56,27 +71,32 @@ def group(deliveries: Sequence[Delivery], reasons: Mapping[str, str]) -> list[tu
             "gradients enabled (not under torch.no_grad or inference_mode) and its loss must "
             "depend on a trainable parameter."
         )
-    groups: dict[int, tuple[int, Tensor]] = {}
+    groups: dict[int, Group] = {}
     for delivery in deliveries:
         rows = delivery.gradient()
         known = groups.get(delivery.task)
         if known is None:
-            groups[delivery.task] = (delivery.batch, rows)
+            groups[delivery.task] = Group(delivery.batch, rows, delivery.counted)
             continue
-        if known[0] != delivery.batch:
+        if known.counted is not delivery.counted:
             raise BatchDimError(
-                f"one backward() went through forwards of {known[0]} and of {delivery.batch} samples, "
+                "one backward() went through forwards inside and outside of samples(mask=...), or of two "
+                "masks. Put all of them into one block."
+            )
+        if known.batch != delivery.batch:
+            raise BatchDimError(
+                f"one backward() went through forwards of {known.batch} and of {delivery.batch} samples, "
                 "so it is not known which gradients belong to the same sample. Call backward() for "
                 "each forward, or pass the samples through the model together."
             )
-        groups[delivery.task] = (delivery.batch, known[1] + rows)
+        groups[delivery.task] = known._replace(rows=known.rows + rows)
     return list(groups.values())
 
 
 def gather(
     names: tuple[str, ...],
     params: Sequence[Tensor],
-    groups: Sequence[tuple[int, Tensor]],
+    groups: Sequence[Group],
     reasons: Mapping[str, str],
     absent: Sequence[bool] | None = None,
 ) -> Local:
@@ -84,12 +104,15 @@ def gather(
 
     `absent`: the parameters that got nothing from this process (default: those without gradient).
     """
+    strays = None
+    if any(g.counted is not None for g in groups):
+        groups, strays = _leave_out(groups)
     if len(groups) == 1:
-        rows = groups[0][1]
+        rows = groups[0].rows
         delivered, ok = rows[:, :-1], rows[:, -1] == 1
     else:
-        delivered = torch.cat([r[:, :-1] for _, r in groups], 1)
-        counts = torch.stack([r[:, -1] for _, r in groups], 1)
+        delivered = torch.cat([g.rows[:, :-1] for g in groups], 1)
+        counts = torch.stack([g.rows[:, -1] for g in groups], 1)
         ok = (counts <= 1).all(1) & (counts.sum(1) >= 1)
     trainable = tuple([p.requires_grad for p in params])
     received = tuple([p.requires_grad and p.grad is not None for p in params])
@@ -102,10 +125,24 @@ def gather(
         if any(without):
             lost = _on_device(without, delivered.device)
             ok = ok & ~lost
+    if strays is not None:
+        ok = ok & ~strays
     if reasons:
         ok = ok & ~_on_device(tuple(name in reasons for name in names), delivered.device)
     grad_sq = _grad_sq_norms(params, received, delivered)
-    return Local(sum(batch for batch, _ in groups), delivered, ok, grad_sq, trainable, lost)
+    return Local(sum(g.batch for g in groups), delivered, ok, grad_sq, trainable, lost, strays)
+
+
+def _leave_out(groups: Sequence[Group]) -> tuple[list[Group], Tensor]:
+    """The groups of the samples that count, and (P,) which parameters others contributed to."""
+    kept, strays = [], torch.zeros_like(groups[0].rows[:, 0], dtype=torch.bool)
+    for g in groups:
+        if g.counted is not None:
+            strays = strays | (g.rows.index_select(1, g.counted.outside) != 0).any(1)
+            inside = torch.cat((g.counted.inside, g.counted.inside.new_full((1,), g.batch)))
+            g = Group(len(g.counted.inside), g.rows.index_select(1, inside), None)
+        kept.append(g)
+    return kept, strays
 
 
 def build(
@@ -117,8 +154,12 @@ def build(
     summed_loss: bool,
     per_layer: bool,
     m2: Mapping[str, Tensor],
+    loss_scale: Tensor | None = None,
 ) -> GradStats:
-    """The record. `m2`: Σ(c_i − c̄)² by name, of all processes, in the units of `local`."""
+    """The record. `m2`: Σ(c_i − c̄)² by name, of all processes, in the units of `local`.
+
+    `loss_scale`: 0-d, what every contribution and `p.grad` was multiplied by.
+    """
     n: Any = local.num_samples if joined is None else joined.num_samples
     ok, grad_sq = (
         (local.ok, local.grad_sq_norm) if joined is None else (joined.ok, joined.grad_sq_norm)
@@ -126,7 +167,11 @@ def build(
     ranks = 1 if joined is None else joined.ranks
     # A process's gradient is divided by their number: g_i = unit · contribution, Ḡ = mean · p.grad.
     unit = 1.0 if summed_loss else n / ranks
-    sq_norm = local.sq_norm * unit**2
+    square: Any = unit**2
+    if loss_scale is not None:
+        square = square / loss_scale**2
+        grad_sq = grad_sq / loss_scale**2
+    sq_norm = local.sq_norm * square
     if summed_loss:
         grad_sq = grad_sq * (ranks / at_least_one(n)) ** 2
     counted = (ok / ok.any()).to(sq_norm.dtype)  # nothing measured: 0/0, and every total is NaN
@@ -134,10 +179,12 @@ def build(
     if joined is None:
         means, mean = None, total.mean() if len(total) else total.sum()
     else:
-        means = (joined.sum_sq_norm * (unit**2 / at_least_one(n))).to(sq_norm.dtype)
+        means = (joined.sum_sq_norm * (square / at_least_one(n))).to(sq_norm.dtype)
         mean = torch.dot(means, counted)
     grad_total = torch.dot(grad_sq, counted)
     causes = () if joined is None else joined.causes
+    if local.strays is not None:
+        causes = ((local.strays, STRAYS), *causes)
     if not all(local.trainable):
         indices = tuple([i for i, yes in enumerate(local.trainable) if yes])
         part = _indices(indices, sq_norm.device)
@@ -153,7 +200,7 @@ def build(
         grad_sq_norm=grad_total,
         per_sample_sq_norm=total,
         coverage=Coverage(known, sizes, ok, reasons, tuple(causes)),
-        grad_var=Scaled(m2, unit**2 / free) if m2 and not (isinstance(n, int) and n < 2) else {},
+        grad_var=Scaled(m2, square / free) if m2 and not (isinstance(n, int) and n < 2) else {},
         layer_sq_norm=sq_norm if per_layer else None,
         layer_grad_sq_norm=grad_sq if per_layer else None,
         layer_mean_sq_norm=means if per_layer else None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradstats import layout
 from gradstats.calls import named
 from gradstats.errors import BatchDimError, UnsupportedLayerError
-from gradstats.grouping import Flattened, Grouping
+from gradstats.grouping import Flattened, Grouping, Packed
 from gradstats.layout import NeedsLayout
 from gradstats.probes import ATTRIBUTE, NO_PROBE, Frame, Mark, Part, Pass, Probe, UseOf
 from gradstats.rules.joint import Joint
@@ -87,6 +87,9 @@ class Answers:
     def is_batched(self, tensor: Tensor) -> bool:
         return tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == self.batch
 
+    def told(self) -> bool:
+        return self.current is not None and self.current.groups is not None
+
     def is_flattened(self, tensor: Tensor) -> bool:
         return self._groups(tensor) is not None
 
@@ -97,11 +100,14 @@ class Answers:
             return tensor, _as_it_is
         return groups.gather(tensor), groups.scatter
 
-    def _groups(self, tensor: Tensor) -> Grouping | Flattened | None:
+    def _groups(self, tensor: Tensor) -> Grouping | Packed | Flattened | None:
         """The samples of a tensor whose rows are not samples, where they are known."""
         assert self.current is not None
         groups, rows = self.current.groups, tensor.shape[0] if tensor.dim() else 0
         if groups is not None:
+            features = int(tensor.is_floating_point())
+            if rows == 1 and tensor.dim() > 1 + features and tensor.shape[1] == groups.rows:
+                return Packed(groups)
             return groups if rows == groups.rows else None
         if rows <= self.batch or self.batch < 1 or rows % self.batch or self.batch_dim != 0:
             return None

@@ -26,6 +26,22 @@ class Positions(nn.Module):
         return self.head(torch.tanh(self.tokens(ids) + self.positions(at)))
 
 
+class LaidOutPositions(Positions):
+    """Positions written out for every sample, in each of the ways that are common."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        row = torch.arange(ids.shape[1])
+        x = self.tokens(ids)
+        x = x + self.positions(row.unsqueeze(0).expand(len(ids), -1))
+        return self.head(torch.tanh(x))
+
+
+class CopiedPositions(Positions):
+    def forward(self, ids: Tensor) -> Tensor:
+        at = (torch.arange(ids.shape[1]) // 2).repeat(len(ids), 1)
+        return self.head(torch.tanh(self.tokens(ids) + self.positions(at)))
+
+
 class RepeatedPositions(Positions):
     """The same position is looked up twice by a sample."""
 
@@ -349,6 +365,9 @@ PROBLEMS = {
     "positions": Problem(Positions, _ids),
     "positions_one_row": Problem(lambda: Positions(one_row=True), _ids),
     "positions_as_long_as_the_batch": Problem(Positions, _ids, batch=7),
+    "positions_laid_out": Problem(LaidOutPositions, _ids),
+    "positions_copied": Problem(CopiedPositions, _ids),
+    "positions_copied_as_long_as_the_batch": Problem(CopiedPositions, _ids, batch=7),
     "positions_repeated": Problem(RepeatedPositions, _ids),
     "custom": Problem(Custom, _sequence),
     "class_token": Problem(ClassToken, _sequence),

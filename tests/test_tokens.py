@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from models import ClassToken, Custom, Positions, Recurrent, Tied
+from models import ClassToken, CopiedPositions, Custom, LaidOutPositions, Positions, Recurrent, Tied
 from oracle import assert_matches
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -164,6 +164,8 @@ MODELS = {
     "raw parameters": (Custom, ROWS),
     "positions": (Positions, IDS),
     "one row of positions": (lambda: Positions(one_row=True), IDS),
+    "positions laid out": (LaidOutPositions, IDS),
+    "positions copied": (CopiedPositions, IDS),
     "masking": (Masking, ROWS),
     "heads": (Heads, ROWS),
     "nn.TransformerEncoderLayer": (_attending, ROWS),

@@ -50,6 +50,9 @@ class Use(Protocol):
     def is_batched(self, tensor: Tensor) -> bool:
         """Whether `tensor` has B entries where the samples are expected."""
 
+    def told(self) -> bool:
+        """Whether `Monitor.samples` speaks of this forward's rows."""
+
     def is_flattened(self, tensor: Tensor) -> bool:
         """Whether the rows of `tensor` are those that `Monitor.samples` speaks of."""
 

@@ -19,6 +19,8 @@ from gradstats.rules.view import view
 class Spread(torch.autograd.Function):
     """A parameter expanded over the samples (a view); its gradient is theirs, one by one.
 
+    Rows that were looked up for every sample, by `ids` made without samples, have that dimension.
+
     Autograd sums the gradient of whatever uses the result down to (B, *parameter), which is the
     per-sample gradient; for a shift as large as the activation that is the activation's own.
     """
@@ -30,6 +32,7 @@ class Spread(torch.autograd.Function):
         ctx.save_for_backward(ids)
         aligned = param.reshape((1,) * (ndim - param.dim()) + param.shape)
         size = list(aligned.shape)
+        ctx.laid_out = size[batch_dim] != 1
         size[batch_dim] = batch
         return aligned.expand(size)
 
@@ -43,11 +46,13 @@ class Spread(torch.autograd.Function):
         if ids is None:
             total, sq_norm, m2 = sum_stats(c.reshape(batch, *ctx.shape), moments)
         else:
-            total = c.sum(0, dtype=stats_dtype(c.dtype))
-            each = c.reshape(batch, ids.numel(), -1)
-            _, sq_norm, m2 = call.embedding_stats(
-                ids.reshape(1, -1).expand(batch, -1), each, *ctx.rows, moments
-            )
+            if ctx.laid_out:
+                total, ids = g, ids.movedim(ctx.batch_dim, 0).reshape(batch, -1)
+            else:
+                total = c.sum(0, dtype=stats_dtype(c.dtype))
+                ids = ids.reshape(1, -1).expand(batch, -1)
+            each = c.reshape(batch, ids.shape[1], -1)
+            _, sq_norm, m2 = call.embedding_stats(ids, each, *ctx.rows, moments)
         total = total.reshape(ctx.shape).to(ctx.dtype)
         return (
             total if ctx.needs_input_grad[0] else None,
@@ -92,27 +97,29 @@ def elementwise(use: Use, func: Callable[..., Any], *args: Any, **kwargs: Any) -
     ndim = max(t.dim() for t in tensors)
     flat = [t for t in tensors if use.mark(t) is None and t.dim() == ndim and use.is_flattened(t)]
     if flat and use.batch_dim == 0 and not kwargs:
-        return _flattened(use, func, args, ndim, flat[0].shape[0])
+        return _flattened(use, func, args, flat[0])
     batched = [t for t in tensors if use.mark(t) is None and t.dim() == ndim and use.is_batched(t)]
     if not batched or "out" in kwargs or use.tracked(*kwargs.values()):
         return use.unruled(func, args, kwargs)
     return func(*(_operand(use, a, ndim) for a in args), **kwargs)
 
 
-def _flattened(use: Use, func: Callable[..., Any], args: Any, ndim: int, rows: int) -> Any:
+def _flattened(use: Use, func: Callable[..., Any], args: Any, flat: Tensor) -> Any:
     """The same on (samples, longest, …), with the parameters shaped to fit."""
     moved, back = [], None
+    ndim = use.grouped(flat)[0].dim()
+    rows = flat.shape[:1] if ndim > flat.dim() else flat.shape[:2]  # packed ones are (1, rows, …)
     for arg in args:
         if use.tracked(arg):
-            arg = view(use, Tensor.reshape, arg, (1,) * (ndim + 1 - arg.dim()) + arg.shape)
-        elif isinstance(arg, Tensor) and arg.dim() == ndim and arg.shape[0] == rows:
+            arg = view(use, Tensor.reshape, arg, (1,) * (ndim - arg.dim()) + arg.shape)
+        elif isinstance(arg, Tensor) and arg.dim() == flat.dim() and arg.shape[: len(rows)] == rows:
             arg, back = use.grouped(arg)
         elif isinstance(arg, Tensor) and arg.dim():
-            arg = arg.reshape((1,) * (ndim + 1 - arg.dim()) + arg.shape)
+            arg = arg.reshape((1,) * (ndim - arg.dim()) + arg.shape)
         moved.append(arg)
     assert back is not None
     plain = getattr(torch, func.__name__.strip("_").removesuffix("_"), func)
-    return back(plain(*(_operand(use, arg, ndim + 1) for arg in moved)))
+    return back(plain(*(_operand(use, arg, ndim) for arg in moved)))
 
 
 def _operand(use: Use, arg: Any, ndim: int) -> Any:
@@ -121,7 +128,9 @@ def _operand(use: Use, arg: Any, ndim: int) -> Any:
     mark = use.mark(arg)
     assert mark is not None
     offset = use.batch_dim - (ndim - arg.dim())
-    if offset >= 0 and arg.shape[offset] != 1:
+    ids = mark.ids
+    looked_up = ids is not None and arg.shape[:-1] == ids.shape and arg.shape[offset] == use.batch
+    if offset >= 0 and arg.shape[offset] != 1 and not (looked_up and offset == use.batch_dim):
         use.refuse(
             f"parameter {mark.name!r} of shape {tuple(arg.shape)} has its own entry where the "
             "samples are, in an elementwise operation",

@@ -139,7 +139,7 @@ def _bags(
 def _without_samples(use: Use, ids: Tensor) -> bool:
     """Whether ids are the same for every sample: made without the inputs, or too small for them."""
     if use.mark(ids) is not None:
-        return True
+        return not (use.told() and use.is_flattened(ids))
     if use.is_flattened(ids):
         return False
     if use.batch != 1 and ids.dim() == 2 and ids.shape[0] == 1 and use.batch_dim == 0:

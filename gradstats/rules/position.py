@@ -38,8 +38,9 @@ class PositionSpread(torch.autograd.Function):
             each = g.reshape(batch * length, *ctx.shape)
             total, sq_norm, m2 = sum_stats(each, moments)
         else:
-            total = g.sum(0, dtype=stats_dtype(g.dtype))
-            every = ids.reshape(1, length).expand(batch, length).reshape(-1, 1)
+            laid_out = ids.numel() != length  # rows for each sequence
+            total = g if laid_out else g.sum(0, dtype=stats_dtype(g.dtype))
+            every = ids.reshape(-1, length).expand(batch, length).reshape(-1, 1)
             _, sq_norm, m2 = call.embedding_stats(
                 every, g.reshape(batch * length, 1, -1), *ctx.table, moments
             )
@@ -52,15 +53,17 @@ class PositionSpread(torch.autograd.Function):
 
 
 def per_position(use: Use, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """`func` of (B, T, …) activations and of parameters; None where it is not that."""
+    """`func` of (B, T, …) activations and of parameters; None where no input is (B, T, …)."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     ndim = max(t.dim() for t in tensors)
     rows = [t for t in tensors if use.mark(t) is None and t.shape[:2] == use.positions
             and t.dim() == ndim and use.is_flattened(t)]  # fmt: skip
+    if not rows:
+        return None
     params = [t for t in tensors if use.tracked(t)]
     fits = all(aligned(use, p, (1,) * (ndim - p.dim()) + p.shape) for p in params)
-    if not rows or not fits or "out" in kwargs or use.tracked(*kwargs.values()):
-        return None
+    if not fits or "out" in kwargs or use.tracked(*kwargs.values()):
+        return use.unruled(func, args, kwargs)
     return func(*(spread(use, a, ndim) if use.tracked(a) else a for a in args), **kwargs)
 
 
@@ -68,8 +71,10 @@ def aligned(use: Use, param: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether a parameter of that shape is the same for every position, or has a row for each."""
     assert use.positions is not None
     mark, length = use.mark(param), use.positions[1]
-    looked_up = mark is not None and mark.ids is not None
-    return shape[0] == 1 and (shape[1] == length or (shape[1] == 1 and not looked_up))
+    ids = None if mark is None else mark.ids
+    if shape[0] == 1:
+        return shape[1] == length or (shape[1] == 1 and ids is None)
+    return ids is not None and ids.shape == shape[:2] == use.positions
 
 
 def spread(use: Use, param: Tensor, ndim: int) -> Any:
