@@ -11,6 +11,12 @@ mean (McCandlish et al., arXiv:1812.06162, appendix A.1):
     true_grad_sq_norm = grad_sq_norm − tr_sigma·K/N                unbiased; may be negative
     noise_scale       = tr_sigma / true_grad_sq_norm
 
+c_i holds whatever weight the loss gives sample i: its share of the tokens of a mean over tokens, or its
+own weight. Then g_i scatters by its weight too. Of a mean over tokens the divisor is drawn as well, which
+takes that part out of the gradient's variance again: tr Σ is above N times that variance by cv²·|G|², and
+the noise scale by cv² samples, where cv is the counts' standard deviation over their mean and tokens of
+long and short samples are alike.
+
 K is the number of independent mean gradients a record holds: 1 for a step, more after a merge. A
 step of one sample has no variance: its tr_sigma and what follows from it are NaN.
 """
