@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.distributed as dist
 from rank_tools import case
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
-from gradstats import BatchScaling, BatchSizeScheduler, NoiseScale, StepLoader
+import gradstats
+from gradstats import BatchScaling, BatchSizeScheduler, NoiseScale, StepLoader, optim
+from gradstats.distributed import ALONE
 from gradstats.schedulers import decide_on_first_rank, noise_scale
 
 
@@ -83,3 +89,79 @@ def a_checkpoint_goes_on_with_other_ranks(rank: int, world: int) -> None:
     loader.load_state_dict(alone.state_dict())
     rest = [int(i) for step in loader for (batch,), _ in step for i in batch]
     assert sorted(first + [i for mine in everywhere(rest) for i in mine]) == list(range(101))
+
+
+@case(0)
+def a_training_is_that_of_one_process(rank: int, world: int) -> None:
+    """Three epochs with an uneven end under DDP: samples, sizes, rates and weights, to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(203, 5, generator=generator, dtype=torch.float64)
+    y = x[:, :2] + torch.randn(203, 2, generator=generator, dtype=torch.float64)
+    data = TensorDataset(x, y)
+    torch.manual_seed(1)
+    first = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+
+    def train(ranks: int, mine: int) -> tuple[list[int], list[float], list[torch.Tensor]]:
+        model = copy.deepcopy(first)
+        run = DistributedDataParallel(model) if ranks > 1 else model
+        monitor = gradstats.attach(run, process_group=None if ranks > 1 else ALONE, half_life=20)
+        optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+        loader = StepLoader(
+            data, micro_batch_size=8 // ranks, batch_size=16, rank=mine, world_size=ranks
+        )
+        scaling = BatchScaling(optimizer, batch_size=16, rule="noise", warm_up=64)
+        scheduler = BatchSizeScheduler(
+            noise_scale, loader, monitor=monitor, scaling=scaling, every=3
+        )
+        sizes, rates = [], []
+        while loader.epoch < 3:
+            for step in loader:
+                for (a, b), weight in step:
+                    (weight * (run(a) - b).square().sum(1).mean()).backward()
+                stats = monitor.step()
+                assert stats is not None
+                assert stats.num_samples == step.num_samples
+                rates += scaling.learning_rates()
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+                sizes.append(scheduler.batch_size)
+        monitor.detach()
+        return sizes, rates, list(model.parameters())
+
+    sizes, rates, weights = train(world, rank)
+    own_sizes, own_rates, own_weights = train(1, 0)
+    assert len(set(sizes)) > 1
+    assert sizes == own_sizes
+    torch.testing.assert_close(torch.tensor(rates), torch.tensor(own_rates), rtol=1e-8, atol=0)
+    torch.testing.assert_close(weights, own_weights, rtol=1e-8, atol=1e-10)
+
+
+@case(2)
+def adascale_steps_shards(rank: int, world: int) -> None:
+    """FSDP2: the same weights as AdaScale on one process; PerSampleAdam refuses shards."""
+    torch.manual_seed(1)
+    whole = nn.Linear(5, 4).double()
+    run = fully_shard(copy.deepcopy(whole))
+    torch.manual_seed(2)
+    for model, group in ((run, None), (whole, ALONE)):
+        monitor = gradstats.attach(model, process_group=group)
+        ada = optim.AdaScale(model.parameters(), 0.1, base_batch_size=2, momentum=0.9)
+        for seed in range(4):
+            torch.manual_seed(seed)
+            batch = torch.randn(8, 5, dtype=torch.float64)
+            part = batch.chunk(world)[rank] if group is None else batch
+            model.zero_grad()
+            model(part).square().sum(1).mean().backward()
+            ada.observe(monitor.step())
+            ada.step()
+        assert ada.gain > 1
+        monitor.detach()
+    for sharded, own in zip(run.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(sharded.full_tensor(), own.detach(), rtol=1e-10, atol=1e-12)
+    adam, said = optim.PerSampleAdam(run.named_parameters()), ""
+    try:
+        adam.step()
+    except gradstats.UnsupportedLayerError as error:
+        said = str(error)
+    assert "sharded over processes" in said
