@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradstats.errors import CaptureError
 from gradstats.probes import Frame
 
 
@@ -57,6 +58,17 @@ def within(name: str, path: str) -> bool:
 def function_name(func: Any) -> str:
     name = getattr(func, "__name__", repr(func))
     return name if name != "__get__" else getattr(func.__self__, "__name__", name)
+
+
+def require_no_capture() -> None:
+    """Raises CaptureError while a CUDA graph is captured."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise CaptureError(
+            "a CUDA graph is being captured in a step that gradstats measures. Replaying it runs kernels "
+            "and no Python, so the samples of later replays would not be counted. Capture in a step that "
+            "is left out, with attach(every=k), and run every k-th step without the graph; or capture "
+            "before attach() or after detach()."
+        )
 
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

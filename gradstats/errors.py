@@ -27,6 +27,10 @@ class NoStatisticsError(GradStatsError, RuntimeError):
     """`step()` found no backward pass to read from."""
 
 
+class CaptureError(GradStatsError, RuntimeError):
+    """A CUDA graph is being captured; what it replays later cannot be measured."""
+
+
 class OrderError(GradStatsError, RuntimeError):
     """`step()` was called too late, or not at all, so the gradients are not what was measured."""
 

@@ -30,6 +30,7 @@ from gradstats.calls import (
     function_name,
     named,
     random_state,
+    require_no_capture,
     restore_random_state,
     tensors_in,
     within,
@@ -269,6 +270,7 @@ class Interposer(Answers, TorchFunctionMode):
     # ---- passes ------------------------------------------------------------------------------
 
     def _open(self, path: str, args: Any, kwargs: Any) -> Pass:
+        require_no_capture()
         if torch._C._current_graph_task_id() != -1:
             return self._reopen(path, args, kwargs)
         if _HIDES_CONSTRUCTORS:  # for a part of the model that is compiled

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstats import advice, distributed, estimators, record, told
+from gradstats.calls import require_no_capture
 from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
 from gradstats.install import install, uninstall
 from gradstats.loss_scale import LossScale
@@ -178,6 +179,7 @@ class Monitor:
         whose gradients were averaged: it holds one collective.
 
         Raises:
+            CaptureError: a CUDA graph is being captured.
             NoStatisticsError: no backward went through the model since the last call.
             OrderError: the gradients were changed, used, cleared or unscaled before this call.
             GradStatsError: the self check found a wrong number.
@@ -186,6 +188,7 @@ class Monitor:
         interposer = self._interposer
         if not interposer.enabled:
             return self._next(None)
+        require_no_capture()
         names, params = tuple(interposer.index), self._params()
         distributed.require_joined(self._ranks, self._group, params)
         deliveries, reasons = interposer.take()

@@ -216,7 +216,7 @@ EDGES = {
     "loss_scale": {"errors"},
     "told": {"errors", "grouping", "interpose", "tokens"},
     "rules": {"ops", "probes", "reference", "rules"},
-    "calls": {"probes"},
+    "calls": {"errors", "probes"},
     "layout": {"calls", "errors", "probes"},
     "uses": {"calls", "errors", "grouping", "layout", "probes", "rules"},
     "interpose": {"calls", "errors", "grouping", "layout", "probes", "rules", "uses"},
@@ -233,6 +233,7 @@ EDGES = {
     "self_check": {"errors", "ops", "probes", "reference"},
     "monitor": {
         "advice",
+        "calls",
         "distributed",
         "errors",
         "estimators",
