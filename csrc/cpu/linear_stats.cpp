@@ -7,6 +7,7 @@
 #include "linear_bias.h"
 #include "linear_fused.h"
 #include "linear_gram.h"
+#include "linear_library.h"
 #include "linear_rank_one.h"
 
 namespace gradstats::cpu {
@@ -24,17 +25,26 @@ Rows<In> rows_of(const Tensor& t) {
   return {t.const_data_ptr<In>(), t.size(1), t.stride(0), t.stride(1)};
 }
 
-enum class Path { kRankOne, kGram, kFused };
+enum class Path { kRankOne, kGram, kFused, kLibrary };
 
-// Costs per sample in multiply-adds, beyond the gradient's own T * in * out. Measured: the fused
-// epilogue takes as long as 2 for each element of the gradient; each pair of positions takes 1.3
-// times its products, and 16 vectors' worth for the sums over lanes.
-Path choose(int64_t positions, int64_t in, int64_t out, int64_t lanes, bool moments) {
+// Costs per sample in multiply-adds, beyond the gradient's own T * in * out. Measured: the pass over
+// the library's product takes as long as 7 (with moments 14) for each element of the gradient; our
+// own tiles 2 (5), and a quarter more for the product; each pair of positions takes 1.3 times its
+// products, and 16 vectors' worth for the sums over lanes.
+template <typename In>
+Path choose(int64_t positions, int64_t in, int64_t out, bool moments) {
   if (positions == 1) return Path::kRankOne;
-  if (moments) return Path::kFused;  // they need each contribution itself
+  constexpr int64_t lanes = kCols<Acc<In>> / 2;
+  const double elements = static_cast<double>(in) * out;
   const double pairs = 0.5 * positions * (positions + 1);
   const double gram = pairs * (1.3 * (in + out) + 16 * lanes);
-  return gram < 2.0 * in * out ? Path::kGram : Path::kFused;
+  const double fused = elements * ((moments ? 5 : 2) + 0.25 * positions);
+  const double library = elements * (moments ? 14 : 7);
+  // Products of 16-bit numbers are rounded by the library; moments need each contribution itself.
+  const bool rounds = !std::is_same_v<In, Acc<In>>;
+  const double best = rounds ? fused : std::min(fused, library);
+  if (!moments && gram < best) return Path::kGram;
+  return best == fused ? Path::kFused : Path::kLibrary;
 }
 
 template <typename In>
@@ -101,6 +111,7 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
   Tensor b_m2 = make(bias && moments, {out}, nothing, wide);
 
   const bool with_weight = weight && !no_weight;
+  bool with_bias = bias && !nothing;
   const Tensor dense_g = with_dense_rows(g), dense_x = with_weight ? with_dense_rows(x) : x;
   const Rows<In> g_rows = rows_of<In>(dense_g), x_rows = rows_of<In>(dense_x);
   const bool rank_one = positions == 1;
@@ -116,7 +127,7 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
         in,     out,    dw.data_ptr<In>(), moments ? w_m2.data_ptr<A>() : nullptr,
         in};
     A* sq_norm = w_sq.data_ptr<A>();
-    switch (choose(positions, in, out, kCols<A> / 2, moments)) {
+    switch (choose<In>(positions, in, out, moments)) {
       case Path::kRankOne: {
         for (int64_t b = 0; b < samples; ++b) {
           sq_norm[b] = static_cast<A>(norms[b] * norms[samples + b]);
@@ -134,13 +145,23 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
         break;
       case Path::kFused:
         moments ? fused<true>(problem, sq_norm) : fused<false>(problem, sq_norm);
+        break;
+      case Path::kLibrary:
+        if constexpr (std::is_same_v<In, A>) {
+          const Result<A> of_weight{dw.data_ptr<A>(), w_m2.data_ptr<A>(), sq_norm};
+          const Result<A> of_bias{with_bias ? db.data_ptr<A>() : nullptr, b_m2.data_ptr<A>(),
+                                  b_sq.data_ptr<A>()};
+          moments ? Blocks<A, true>(dense_x, dense_g, of_weight, of_bias).run()
+                  : Blocks<A, false>(dense_x, dense_g, of_weight, of_bias).run();
+          with_bias = false;
+        }
     }
   }
-  if (bias && !nothing && rank_one && !moments) {
+  if (with_bias && rank_one && !moments) {
     at::sum_out(db, dense_g.squeeze(1), {0});
     A* sq_norm = b_sq.data_ptr<A>();
     for (int64_t b = 0; b < samples; ++b) sq_norm[b] = static_cast<A>(norms[samples + b]);
-  } else if (bias && !nothing &&
+  } else if (with_bias &&
              !(rank_one && bias_moments(dense_g.squeeze(1), squares, norms, db, b_sq, b_m2))) {
     bias_stats(g_rows, samples, positions, out, db.data_ptr<In>(), b_sq.data_ptr<A>(),
                moments ? b_m2.data_ptr<A>() : nullptr);
