@@ -4,8 +4,10 @@
 
 B and T are doubled over a range, one at a time, and all points of a curve take turns (timing.py).
 Shown is the time per sample and position over the median of the curve: 1 everywhere where cost is
-proportional, more at the small end where a call costs something by itself. A peer in each row is
-torch's own gradient of the same shape, without statistics.
+proportional, more at the small end where a call costs something by itself, as for writing a weight
+gradient. Beside it, the line a + b·n through the times (relative least squares): how far the
+farthest point lies from it, and a as a share of the largest time. A peer in each row is torch's own
+gradient of the same shape, without statistics.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import checkout
+import numpy as np
 import torch
 from timing import environment, interleave, table
 
@@ -90,6 +93,14 @@ OPS: dict[str, tuple[Callable[[int, int], dict[str, Call]], int, int, tuple[int,
 }
 
 
+def line(points: list[int], seconds: list[float]) -> dict[str, float]:
+    """The line through the times that is nearest in relative terms, and how far they are from it."""
+    n, t = np.array(points, float), np.array(seconds)
+    (start, slope), *_ = np.linalg.lstsq(np.stack([1 / t, n / t], 1), np.ones_like(t))
+    farthest = np.abs(t / (start + slope * n) - 1).max()
+    return {"start": float(start), "slope": float(slope), "farthest": float(farthest)}
+
+
 def curves(op: str, rounds: int, turn_seconds: float) -> list[dict[str, Any]]:
     """One curve for each way to compute `op` and each of B and T."""
     make, batch, positions, lengths = OPS[op]
@@ -108,9 +119,9 @@ def curves(op: str, rounds: int, turn_seconds: float) -> list[dict[str, Any]]:
             typical = [statistics.median(seconds[str((kind, b, t))]) for b, t in points]
             each = [s / (b * t) for s, (b, t) in zip(typical, points, strict=True)]
             middle = statistics.median(each)
+            grown = [b if axis == "B" else t for b, t in points]
             found.append({
-                "op": op, "kind": kind, "axis": axis,
-                "points": [b if axis == "B" else t for b, t in points],
+                "op": op, "kind": kind, "axis": axis, "points": grown, "line": line(grown, typical),
                 "fixed": positions if axis == "B" else batch,
                 "seconds": typical, "relative": [e / middle for e in each],
             })  # fmt: skip
@@ -155,11 +166,20 @@ def main() -> None:
         torch.manual_seed(0)
         found += curves(op, args.rounds, args.turn_seconds)
     rows = [
-        [c["op"], c["kind"], c["axis"],
+        [c["op"], c["kind"], c["axis"], f"{c['line']['farthest']:.0%}",
+         f"{c['line']['start'] / max(c['seconds']):.0%}",
          "  ".join(f"{p}: {r:.2f}" for p, r in zip(c["points"], c["relative"], strict=True))]
         for c in found
     ]  # fmt: skip
-    print(table(["operation", "", "grows", "time per sample and position, over the median"], rows))
+    head = [
+        "operation",
+        "",
+        "grows",
+        "off a line",
+        "start",
+        "time per sample and position, over the median",
+    ]
+    print(table(head, rows))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     report = {"environment": env, "rounds": args.rounds, "curves": found}
     args.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -18,15 +18,17 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Relative to the value for norms, to the largest element for gradients and moments.
 NORM_TOL = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-3}
 GRAD_TOL = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 8e-3}
-SHAPES = [  # B, T, I, O, and the path norms take; moments are rank one at T = 1, else fused
+SHAPES = [  # B, T, I, O, and the path that norms take; 16-bit numbers are fused where it is long
     pytest.param(5, 1, 17, 33, id="rank-one"),
     pytest.param(1500, 1, 40, 25, id="rank-one-many-groups"),
     pytest.param(6, 3, 65, 70, id="gram-odd"),
     pytest.param(130, 9, 128, 96, id="gram-many-groups"),
-    pytest.param(4, 64, 31, 30, id="fused-odd"),
-    pytest.param(3, 200, 129, 257, id="fused-wide"),
-    pytest.param(2, 1101, 50, 3, id="fused-long"),
-    pytest.param(70, 40, 33, 1, id="fused-many-groups"),
+    pytest.param(6, 12, 90, 70, id="fused-short"),
+    pytest.param(4, 64, 31, 30, id="long-odd"),
+    pytest.param(3, 200, 129, 257, id="long-wide"),
+    pytest.param(2, 1101, 50, 3, id="long-narrow"),
+    pytest.param(70, 40, 33, 1, id="long-many-groups"),
+    pytest.param(3, 36, 1300, 210, id="long-blocks-of-columns"),
     pytest.param(9, 5, 1, 1, id="one-by-one"),
     pytest.param(1, 7, 300, 10, id="single-sample"),
     pytest.param(1, 1, 8, 8, id="single-row"),

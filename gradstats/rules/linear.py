@@ -96,10 +96,7 @@ def _apply(
     use: Use, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False
 ) -> Any:
     x, back = use.grouped(x)
-    joints = use.joint(weight), use.joint(bias)
-    probes = *use.probe(weight), *use.probe(bias)
-    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    return back(Linear.apply(x, weight, bias, *probes, use.batch_dim, transposed, joints))
+    return back(_product(use, x, weight, bias, use.batch_dim, transposed))
 
 
 def project(
@@ -112,10 +109,17 @@ def project(
     if use.positions is not None:  # (batch, positions, …) is how those are found
         x = x.transpose(0, batch_dim)
         return _apply(use, x, weight, bias).transpose(0, batch_dim)  # type: ignore[no-any-return]
+    return _product(use, x, weight, bias, batch_dim)
+
+
+def _product(
+    use: Use, x: Tensor, weight: Tensor, bias: Tensor | None, batch_dim: int,
+    transposed: bool = False,
+) -> Tensor:  # fmt: skip
     joints = use.joint(weight), use.joint(bias)
     probes = *use.probe(weight), *use.probe(bias)
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    return Linear.apply(x, weight, bias, *probes, batch_dim, False, joints)  # type: ignore[no-any-return]
+    return Linear.apply(x, weight, bias, *probes, batch_dim, transposed, joints)  # type: ignore[no-any-return]
 
 
 @rule(F.linear, per_position=True)
