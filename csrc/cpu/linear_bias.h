@@ -58,7 +58,7 @@ class Columns {
 
  private:
   void add_eight(const In* p, int64_t stride) {
-    const In *q = p + 4 * stride;
+    const In* q = p + 4 * stride;
     double* sums = each_.data();
     for (int64_t c = 0; c < count_; ++c) {
       const A low = (A(p[c]) + A(p[c + stride])) + (A(p[c + 2 * stride]) + A(p[c + 3 * stride]));

@@ -27,9 +27,9 @@ struct Cut {
   Cut(int64_t in, int64_t out, int64_t positions, int64_t bytes) {
     auto rows = [&] { return at::ceil_div(out, down); };
     auto columns = [&] { return at::ceil_div(in, across); };
-    while (rows() * columns() * bytes > kBlockBytes ||
-           (down * across < at::get_num_threads() &&
-            rows() * columns() * positions >= 2 * kProduct)) {
+    while (
+        rows() * columns() * bytes > kBlockBytes ||
+        (down * across < at::get_num_threads() && rows() * columns() * positions >= 2 * kProduct)) {
       (columns() > kBlockColumns || rows() < 2 * kBlockRows ? across : down) *= 2;
     }
   }
@@ -106,7 +106,8 @@ class Blocks {
     if (with_bias) biases.write(bias_.sum + row, kMoments ? bias_.m2 + row : nullptr);
   }
 
-  // Turns a view of some columns of `of` to sample b: new views would take as long as small products.
+  // Turns a view of some columns of `of` to sample b: new views would take as long as small
+  // products.
   static void move(const at::Tensor& view, const at::Tensor& of, int64_t column, int64_t b) {
     const int64_t offset = of.storage_offset() + b * of.stride(0) + column * of.stride(2);
     view.unsafeGetTensorImpl()->set_storage_offset(offset);

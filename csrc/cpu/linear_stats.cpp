@@ -27,10 +27,10 @@ Rows<In> rows_of(const Tensor& t) {
 
 enum class Path { kRankOne, kGram, kFused, kLibrary };
 
-// Costs per sample in multiply-adds, beyond the gradient's own T * in * out. Measured: the pass over
-// the library's product takes as long as 7 (with moments 14) for each element of the gradient; our
-// own tiles 2 (5), and a quarter more for the product; each pair of positions takes 1.3 times its
-// products, and 16 vectors' worth for the sums over lanes.
+// Costs per sample in multiply-adds, beyond the gradient's own T * in * out. Measured: the pass
+// over the library's product takes as long as 7 (with moments 14) for each element of the gradient;
+// our own tiles 2 (5), and a quarter more for the product; each pair of positions takes 1.3 times
+// its products, and 16 vectors' worth for the sums over lanes.
 template <typename In>
 Path choose(int64_t positions, int64_t in, int64_t out, bool moments) {
   if (positions == 1) return Path::kRankOne;
