@@ -289,6 +289,11 @@ class Monitor:
             for name in plan.names()
         }
 
+    @property
+    def sample(self) -> str:
+        """What counts are of: "example" or "token", as `attach` was told."""
+        return self._sample
+
     # ---- reading -------------------------------------------------------------------------------
 
     def noise_scale(self) -> estimators.NoiseScale:

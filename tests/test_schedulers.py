@@ -343,6 +343,31 @@ def test_what_contradicts_itself_is_refused_at_once(change, words):
         BatchSizeScheduler(arguments.pop("policy"), loader(), **arguments)
 
 
+def test_a_noise_scale_in_tokens_is_brought_to_samples():
+    data, monitor = loader(), Scripted(measured(2560, tr=2560, sq=1.0))
+    monitor.sample = "token"
+    scaling = BatchScaling(sgd(), batch_size=64, rule="noise")
+    scheduler = BatchSizeScheduler(
+        noise_scale, data, monitor=monitor, scaling=scaling, every=1, tokens_per_sample=10
+    )
+    assert scheduler.step().batch_size == 256
+    assert scaling.factor == pytest.approx((1 + 256 / 64) / (1 + 256 / 256))
+    tested = BatchSizeScheduler(norm_test, loader(), monitor=monitor, every=1, tokens_per_sample=10)
+    wanted = norm_test(seen(measured(256, tr=256, sq=1.0)))
+    assert tested.step().batch_size == 4 * round(wanted / 4)
+    with pytest.raises(InvalidArgumentError, match="a monitor that counts tokens"):
+        BatchSizeScheduler(noise_scale, loader(), monitor=monitor)
+    with pytest.raises(InvalidArgumentError, match="a monitor that counts examples"):
+        BatchSizeScheduler(noise_scale, loader(), monitor=Scripted(64), tokens_per_sample=10)
+
+
+def test_a_real_monitor_says_what_it_counts():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
+    monitor = gradstats.attach(model, sample="token")
+    with pytest.raises(InvalidArgumentError, match="a monitor that counts tokens"):
+        BatchSizeScheduler(noise_scale, loader(), monitor=monitor)
+
+
 def test_scaling_by_noise_needs_a_monitor():
     scaling = BatchScaling(sgd(), batch_size=64, rule="noise")
     with pytest.raises(InvalidArgumentError, match="pass monitor= as well"):

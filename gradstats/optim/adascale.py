@@ -79,7 +79,8 @@ class AdaScale(torch.optim.Optimizer):
     Args:
         params: parameters, or groups of them, as for any optimizer.
         lr, momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
-        base_batch_size: global batch size, in samples, that `lr` and its schedule are for.
+        base_batch_size: global batch size that `lr` and its schedule are for, in the samples that the
+            statistics count (tokens under ``attach(sample="token")``).
         half_life: steps after which an estimate of tr Σ or |G|² counts half.
 
     `observe` and `step` wait for nothing. Where several processes train together, all see the same

@@ -77,7 +77,7 @@ class PerSampleAdam(torch.optim.Optimizer):
     Args:
         params: *named* parameters, as `model.named_parameters()` gives them, or groups of them.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
-        reference_batch_size: R, in samples.
+        reference_batch_size: R, in the samples that the statistics count.
 
     The variances are brought to the units of `p.grad` at the time of `step()` by the ratio of squared
     norms, so clipping by norm, unscaling and a summed loss do not matter. Parameters of FSDP2 are

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from gradstats.errors import InvalidArgumentError
@@ -61,6 +61,8 @@ class BatchSizeScheduler:
             rank, and the dataset).
         every: optimizer steps from one decision to the next.
         cooldown: optimizer steps for which the size stays after a change.
+        tokens_per_sample: of the loader's samples, where the monitor was attached with
+            ``sample="token"``: batch sizes stay in samples, and the noise scale is brought to them.
         process_group: the ranks that decide alike (default: all).
 
     Where several processes train together, the first rank decides and sends the others what it decided,
@@ -81,10 +83,20 @@ class BatchSizeScheduler:
         max_batch_size: int | None = None,
         every: int = 10,
         cooldown: int = 0,
+        tokens_per_sample: float | None = None,
         process_group: Any = None,
     ) -> None:
         require(every >= 1, "every", every, "pass a number of steps of at least 1")
         require(cooldown >= 0, "cooldown", cooldown, "pass a number of steps of at least 0")
+        in_tokens = getattr(monitor, "sample", "example") == "token"
+        if in_tokens != (tokens_per_sample is not None):
+            raise InvalidArgumentError(
+                f"tokens_per_sample={tokens_per_sample} with a monitor that counts "
+                f"{'tokens' if in_tokens else 'examples'}: pass it where, and only where, the monitor "
+                'was attached with sample="token"'
+            )
+        self._tokens = 1.0 if tokens_per_sample is None else tokens_per_sample
+        require(self._tokens > 0, "tokens_per_sample", tokens_per_sample, "pass a number above 0")
         self._policy, self._loader = policy, loader
         self._monitor, self._scaling, self._group = monitor, scaling, process_group
         unit, most = loader.micro_batch_size * loader.world_size, loader.dataset_size
@@ -208,9 +220,22 @@ class BatchSizeScheduler:
             base_batch_size=self.base_batch_size,
             step=self._steps,
             samples=self._loader.samples,
-            noise=None if self._monitor is None else self._monitor.noise_scale(),
+            noise=self._noise(),
             decay=None if not self._peak else self._learning_rate() / self._peak,
             rule=None if scaling is None else scaling.rule,
+        )
+
+    def _noise(self) -> NoiseScale | None:
+        """In the loader's samples: a mean over T tokens each has a T-th of the variance."""
+        if self._monitor is None:
+            return None
+        noise, tokens = self._monitor.noise_scale(), self._tokens
+        return replace(
+            noise,
+            value=noise.value / tokens,
+            low=noise.low / tokens,
+            high=noise.high / tokens,
+            tr_sigma=noise.tr_sigma / tokens,
         )
 
     def _wanted(self, seen: Seen) -> float:
