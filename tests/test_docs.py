@@ -1,0 +1,80 @@
+"""The examples of docs/training.md, as they stand there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import gradstats
+from gradstats.schedulers import instead_of_decay, noise_scale
+
+PAGE = Path(__file__).parent.parent / "docs" / "training.md"
+LOOP, DECAY, ADASCALE, CHECKPOINT = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def names(tmp_path):
+    """What the examples take for granted."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    x = torch.randn(640, 6)
+    dataset = TensorDataset(x, x[:, :3] + torch.randn(640, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.02)
+    return {
+        "torch": torch,
+        "gradstats": gradstats,
+        "model": model,
+        "dataset": dataset,
+        "loader": gradstats.StepLoader(dataset, micro_batch_size=16, batch_size=32),
+        "loss_fn": nn.MSELoss(),
+        "optimizer": optimizer,
+        "monitor": gradstats.attach(model, optimizer=optimizer),
+        "epochs": 6,
+        "path": tmp_path / "checkpoint",
+        "noise_scale": noise_scale,
+        "instead_of_decay": instead_of_decay,
+    }
+
+
+def error(names) -> float:
+    x, y = names["dataset"].tensors
+    with torch.no_grad():
+        return float(nn.functional.mse_loss(names["model"](x), y))
+
+
+def test_the_loop_learns_and_changes_its_batch_size_and_goes_on_from_a_checkpoint(names):
+    before = error(names)
+    exec(LOOP, names)
+    assert error(names) < 0.8 * before
+    assert names["loader"].epoch == 6
+    assert names["scheduler"].changes
+    assert names["scaling"].batch_size == names["loader"].batch_size
+    kept = names["scheduler"].state_dict()
+    exec(CHECKPOINT, names)
+    assert names["scheduler"].state_dict() == kept
+
+
+def test_the_batch_grows_as_the_schedule_decays(names):
+    before = error(names)
+    names["monitor"].detach()
+    made, loop = DECAY.split("for step in loader", 1)
+    exec(made, names)
+    for _ in range(5):
+        exec("for step in loader" + loop, names)
+    assert error(names) < before
+    assert names["scheduler"].batch_size == 64
+    # 5 epochs of 640 samples are 100 steps of 32, whatever the batches were.
+    assert names["schedule"].last_epoch == 100
+
+
+def test_adascale_takes_its_gain_from_the_monitor(names):
+    before = error(names)
+    exec(ADASCALE, names)
+    assert error(names) < before
+    assert 1 < names["optimizer"].gain <= 2
+    assert names["schedule"].last_epoch == int(names["optimizer"].scale_invariant_steps)
