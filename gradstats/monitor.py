@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradstats import advice, distributed, estimators, record, told
 from gradstats.calls import require_no_capture
+from gradstats.comm_hooks import require_means
 from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
 from gradstats.install import install, uninstall
 from gradstats.loss_scale import LossScale
@@ -137,7 +138,7 @@ class Monitor:
         estimators.noise_scale([], [], [], half_life=half_life, confidence=confidence)
         self.every = every
         self._group = distributed.group_of(model, process_group)
-        self._model = distributed.unwrapped(model)
+        self._given, self._model = model, distributed.unwrapped(model)
         self._optimizer = optimizer
         self._summed = loss_reduction == "sum"
         self._loss_scale = None if grad_scaler is None else LossScale(grad_scaler, optimizer)
@@ -182,6 +183,7 @@ class Monitor:
             CaptureError: a CUDA graph is being captured.
             NoStatisticsError: no backward went through the model since the last call.
             OrderError: the gradients were changed, used, cleared or unscaled before this call.
+            UnsupportedLayerError: DDP has a communication hook that makes something else than a mean.
             GradStatsError: the self check found a wrong number.
         """
         self._require_attached()
@@ -193,6 +195,7 @@ class Monitor:
         distributed.require_joined(self._ranks, self._group, params)
         deliveries, reasons = interposer.take()
         try:
+            require_means(self._given)
             self._order.require_intact()
             if self._self_check is not None:
                 self._self_check.finish()

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+import torch.distributed as dist
 from models import loss
 from oracle import per_sample_gradients, relative
 from rank_tools import (
@@ -233,3 +234,29 @@ def a_penalty_on_one_rank_is_missing_on_all(rank: int, world: int) -> None:
     assert wanted in stats.coverage.missing["second.bias"]
     assert torch.isnan(stats.layers["second.bias"].mean_sq_norm)
     same_everywhere(stats.mean_sq_norm, stats.grad_sq_norm, stats.coverage.fraction)
+
+
+def _scaled(state, bucket):  # torch reads the annotations, which are strings here
+    done = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return done.then(lambda f: f.value()[0])  # a sum, not a mean
+
+
+@case(0)
+def ddp_communication_hooks(rank: int, world: int) -> object:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    def hooked(model: nn.Module, **options):
+        monitor, run = after(model, **options)
+        run.register_comm_hook(None, allreduce_hook)
+        return monitor, run
+
+    ddp_steps("layer_norm", [4] * world, hooked)
+    model, batch = setup("mlp", [4] * world)
+    monitor, run = after(model)
+    run.register_comm_hook(None, _scaled)
+    loss(run, mine(batch, [4] * world)).backward()
+    try:
+        monitor.step()
+    except gradstats.UnsupportedLayerError as error:
+        return {"text": str(error)}
+    return None

@@ -84,6 +84,14 @@ def test_what_is_refused_says_why(results, what: str, words: list[str]) -> None:
         assert all(word in text for word in words), text
 
 
+def test_a_hook_that_is_not_known_to_give_the_mean_is_refused(results) -> None:
+    for found in results(2):
+        text = found["ddp_communication_hooks"]["figures"]["text"]
+        assert "communication hook '_scaled'" in text
+        assert "not known to be the mean" in text
+        assert "fp16_compress_hook" in text
+
+
 def test_a_group_without_processes_is_refused() -> None:
     with pytest.raises(gradstats.AttachError, match="init_process_group"):
         gradstats.attach(nn.Linear(2, 2), process_group=object())

@@ -234,6 +234,7 @@ EDGES = {
     "monitor": {
         "advice",
         "calls",
+        "comm_hooks",
         "distributed",
         "errors",
         "estimators",
@@ -248,6 +249,7 @@ EDGES = {
         "told",
     },
     "rates": {"estimators"},
+    "comm_hooks": {"errors"},
     "scaling": {"advice", "errors", "estimators", "rates"},
     "plan": set(),
     "loader": {"errors", "estimators", "plan"},

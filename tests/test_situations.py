@@ -322,6 +322,63 @@ def test_changing_batch_size_and_every(model) -> None:
     assert seen == [4, None, None, 7, None, None, 10]
 
 
+class Chain(nn.Sequential):
+    """The compiler skips torch's own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self:
+            x = part(x)
+        return x
+
+
+def test_compiled_in_place_and_run_before_attaching(model, batch) -> None:
+    torch._dynamo.reset()
+    true = per_sample_gradients(model, loss, batch)
+    chain = Chain(*model)
+    chain.compile(backend="aot_eager", fullgraph=True)
+    loss(chain, batch).backward()
+    chain.zero_grad()
+    monitor = gradstats.attach(chain)
+    loss(chain, batch).backward()
+    assert_matches(monitor.step(), true, 1e-5)
+
+
+def test_more_batch_sizes_than_the_compiler_keeps_graphs(model, monkeypatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monitor = gradstats.attach(model)
+    run = torch.compile(model, backend="aot_eager")
+    for n in (2, 3, 4, 5, 3):
+        data = torch.randn(n, 6)
+        true = per_sample_gradients(model, loss, data)
+        model.zero_grad()
+        loss(run, data).backward()
+        assert_matches(monitor.step(), true, 1e-5)
+
+
+def test_gradients_that_are_zeroed_and_kept(model) -> None:
+    monitor = gradstats.attach(model, moments=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for _ in range(4):
+        data = torch.randn(6, 6)
+        true = per_sample_gradients(model, loss, data)
+        for part in data.split([4, 2]):
+            (loss(model, part) * len(part) / len(data)).backward()
+        assert_matches(monitor.step(), true, 1e-5)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+
+def test_inference_mode_is_told_by_the_step(model, batch) -> None:
+    monitor = gradstats.attach(model)
+    with torch.inference_mode():
+        model(batch)
+    with pytest.raises(gradstats.NoStatisticsError, match="no_grad or inference_mode"):
+        monitor.step()
+    loss(model, batch).backward()
+    assert monitor.step().coverage.fraction == 1
+
+
 def test_grad_var_is_accurate_for_nearly_equal_samples() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 8), nn.Linear(8, 3))
