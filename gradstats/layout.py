@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from gradstats.calls import named, random_state, restore_random_state, tensors_in
 from gradstats.errors import BatchDimError, UnsupportedLayerError
-from gradstats.probes import ATTRIBUTE
+from gradstats.probes import ATTRIBUTE, CONSTANT
 
 SAMPLES_FIRST, POSITIONS_FIRST = "samples first", "positions first"
 WITHOUT_SAMPLES = "without samples"
@@ -67,7 +67,19 @@ class Recorder(TorchFunctionMode):
                 for t, mark in zip(tensors, marks, strict=True)
                 if mark is None and t.dim() > 0
             ]
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            _mark(out, marks)
+        return out
+
+
+def _mark(out: Tensor, marks: list[Any]) -> None:
+    """What came of parameters and constants alone holds no sample either; else it may hold some."""
+    if any(mark is None for mark in marks):
+        if getattr(out, ATTRIBUTE, None) is CONSTANT:
+            delattr(out, ATTRIBUTE)
+    elif getattr(out, ATTRIBUTE, None) is None:
+        setattr(out, ATTRIBUTE, next((m for m in marks if m.name is not None), CONSTANT))
 
 
 class State:
@@ -174,12 +186,12 @@ def _run(
 
 
 def _another(inputs: list[Tensor], batch: int) -> int:
-    """A sample that differs from sample 0, for moving an equal one would show nothing."""
+    """The sample that differs most from sample 0: where both are alike, moving it shows nothing."""
     for t in inputs:
         if t.dim() and t.shape[0] == batch:
-            unlike = (t[1:] != t[:1]).reshape(batch - 1, -1).any(1).nonzero()
-            if unlike.numel():
-                return int(unlike[0]) + 1
+            unlike = (t != t[:1]).reshape(batch, -1).sum(1)
+            if unlike.any():
+                return int(unlike.argmax())
     return 1
 
 

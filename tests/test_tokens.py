@@ -8,6 +8,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from models import ClassToken, CopiedPositions, Custom, LaidOutPositions, Positions, Recurrent, Tied
 from oracle import assert_matches
 from torch import Tensor, nn
@@ -231,6 +233,52 @@ def test_uneven_micro_batches_of_tokens() -> None:
     for part in IDS.split([2, 1]):
         (_loss(model, part) * len(part) / len(IDS)).backward()
     assert_matches(monitor.step(), true, 1e-5)
+
+
+class Random(nn.Module):
+    """As HF's GPT-2 has it: products of flattened rows, among layers that see (batch, positions, …)."""
+
+    def __init__(self, width: int, words: int, way: str) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(words, width), nn.Embedding(9, width)
+        self.block, self.head = Block(width), nn.Linear(width, words)
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(width, width)),
+            nn.Parameter(torch.ones(width)),
+        )
+        self.way = way
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.block(self.tokens(ids) + self.positions(torch.arange(ids.shape[1])))
+        x = x.transpose(0, 1) if self.way == "positions first" else x
+        if self.way == "as it is":
+            x = torch.tanh(x @ self.weight + self.bias)
+        else:
+            rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+            x = torch.tanh(rows).view(x.shape)
+        return self.head(x.transpose(0, 1) if self.way == "positions first" else x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.tuples(*(st.integers(low, 6) for low in (1, 1, 3, 3))),
+    way=st.sampled_from(["as it is", "samples first", "positions first"]),
+    seed=st.integers(0, 1000),
+)
+def test_random_language_models(sizes: tuple[int, ...], way: str, seed: int) -> None:
+    """Sizes that coincide are the difficulty: what cannot be told apart is not covered, never wrong."""
+    batch, length, width, words = sizes
+    assume(batch != length or width != length)  # the oracle takes tables for rows there
+    torch.manual_seed(seed)
+    plain, model = Random(width, words, "as it is"), Random(width, words, way)
+    model.load_state_dict(plain.state_dict())
+    plain, model = plain.double(), model.double()
+    ids = torch.randint(1, words, (batch, length))
+    ids[0] = 0  # a sample unlike the others, which shows where its rows are
+    true = per_token_gradients(plain, ids)
+    with gradstats.attach(model, sample="token", moments=True) as monitor:
+        _loss(model, ids).backward()
+        assert_matches(monitor.step(), true, 1e-9)
 
 
 class Pooled(nn.Module):

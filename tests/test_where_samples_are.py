@@ -352,3 +352,13 @@ def test_a_transposed_inside_with_as_many_positions_as_samples() -> None:
     gradstats.attach(model := Turned())
     with pytest.raises(gradstats.UnsupportedLayerError, match=r"layer 'b': samples influence"):
         model(torch.randn(5, 5, 6))
+
+
+def test_flattened_is_found_out_where_samples_begin_alike() -> None:
+    """Of samples 0 and 1 only the last rows differ; row 3 of 12 alone could be of either layout."""
+    torch.manual_seed(0)
+    model, ids = Flattening(True), torch.tensor([[1, 2, 1, 3], [1, 2, 1, 4], [5, 6, 5, 7]])
+    true = per_sample_gradients(model, loss, ids)
+    monitor = gradstats.attach(model)
+    loss(model, ids).backward()
+    assert_matches(monitor.step(), true, 1e-5)
