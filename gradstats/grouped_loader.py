@@ -48,6 +48,8 @@ class GroupedLoader:
         self.loader, self.micro_batch_size = loader, int(size)
         self.world_size, self.dataset_size = world()[1], None
         self.samples = 0  # handed out in all, over all ranks
+        self.epoch = 0  # passes that came to their end
+        self._over = False  # whether this one did
         self.accumulation_steps = accumulation_steps
 
     @property
@@ -65,13 +67,24 @@ class GroupedLoader:
         return self.micro_batch_size * self.world_size * self.accumulation_steps
 
     def __iter__(self) -> Iterator[Step]:
+        """The steps of one pass over the loader, or of what is left of it after `load_state_dict`."""
+        self._end_epoch()
         batches = iter(self.loader)
-        while parts := list(islice(batches, self.accumulation_steps)):
+        while not self._over:
+            number = self.accumulation_steps
+            parts = list(islice(batches, number))
+            self._over = len(parts) < number
+            if not parts:
+                break
             sizes = [Samples(batch, 0).size for batch in parts]
             weights = [size / sum(sizes) for size in sizes]
             everywhere = [size * self.world_size for size in sizes]
             self.samples += sum(everywhere)
             yield Step(everywhere, iter(list(zip(parts, weights, strict=True))))
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        self.epoch, self._over = self.epoch + self._over, False
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's state and the count. Raises InvalidArgumentError where the loader has none."""
@@ -85,14 +98,19 @@ class GroupedLoader:
             "version": 1,
             "accumulation_steps": self.accumulation_steps,
             "samples": self.samples,
+            "epoch": self.epoch + self._over,
             "loader": self.loader.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`: the next iteration begins after the last step before it."""
+        """Go on from `state_dict()`: the next iteration begins after the last step before it.
+
+        After an epoch's last step it may have nothing left to give: go by `epoch`.
+        """
         version = state.get("version")
         require(
             version == 1, "version", version, "pass a state that GroupedLoader.state_dict() made"
         )
         self.accumulation_steps, self.samples = state["accumulation_steps"], state["samples"]
+        self.epoch, self._over = state["epoch"], False
         self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from gradstats.errors import InvalidArgumentError, OrderError
 from gradstats.estimators import require
-from gradstats.plan import row_sizes, rows, share
+from gradstats.plan import epoch_order, row_sizes, rows, share
 
 __all__ = ["Step", "StepLoader"]
 
@@ -234,7 +234,11 @@ class StepLoader:
                 words = np.random.SeedSequence(place).generate_state(1, np.uint64)
                 self._generator.manual_seed(int(words[0]))
                 self._batches = iter(self._loader)
-            batch = next(self._batches)
+            try:
+                batch = next(self._batches)
+            except BaseException:
+                self._batches = None  # its workers may be past this micro-batch: it is loaded again
+                raise
             self.position += size
             self.samples += size
             if number == len(sizes):
@@ -251,9 +255,7 @@ class StepLoader:
     def _epoch_order(self) -> NDArray[np.int64]:
         """Sample numbers in the order of this epoch, the same on all ranks."""
         if self._order_of != self.epoch:
-            order = np.arange(self.dataset_size)
-            if self.shuffle:
-                np.random.default_rng((self.seed, self.epoch)).shuffle(order)
+            order = epoch_order(self.dataset_size, self.seed if self.shuffle else None, self.epoch)
             carried = np.asarray(self._carried, np.int64)
             self._order, self._order_of = np.concatenate([carried, order]), self.epoch
         return self._order

@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import accumulate
 
-__all__ = ["row_sizes", "rows", "share"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["epoch_order", "row_sizes", "rows", "share"]
+
+
+def epoch_order(samples: int, seed: int | None, epoch: int) -> NDArray[np.int64]:
+    """(samples,) the order of an epoch, drawn from `seed` and its number; as they are without a seed."""
+    order = np.arange(samples)
+    if seed is not None:
+        np.random.default_rng((seed, epoch)).shuffle(order)
+    return order
 
 
 def row_sizes(

@@ -165,3 +165,25 @@ def adascale_steps_shards(rank: int, world: int) -> None:
     except gradstats.UnsupportedLayerError as error:
         said = str(error)
     assert "sharded over processes" in said
+
+
+@case(2)
+def per_sample_adam_is_that_of_one_process(rank: int, world: int) -> None:
+    torch.manual_seed(1)
+    whole = nn.Linear(5, 4).double()
+    shared = copy.deepcopy(whole)
+    for model, ranks in ((shared, world), (whole, 1)):
+        run = DistributedDataParallel(model) if ranks > 1 else model
+        monitor = gradstats.attach(run, moments=True, process_group=None if ranks > 1 else ALONE)
+        adam = optim.PerSampleAdam(model.named_parameters(), lr=0.01, reference_batch_size=3)
+        for seed in range(4):
+            torch.manual_seed(seed)
+            batch = torch.randn(8, 5, dtype=torch.float64)
+            model.zero_grad()
+            run(batch.chunk(ranks)[rank % ranks]).square().sum(1).mean().backward()
+            adam.observe(monitor.step())
+            adam.step()
+        monitor.detach()
+    torch.testing.assert_close(
+        list(shared.parameters()), list(whole.parameters()), rtol=1e-9, atol=1e-11
+    )

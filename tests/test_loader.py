@@ -209,6 +209,32 @@ def test_a_step_that_was_not_finished_is_begun_again_after_a_restart():
     assert sorted(first + again) == list(range(12))
 
 
+class Failing(TensorDataset):
+    """Cannot give sample 7 the first time."""
+
+    failed = False
+
+    def __getitem__(self, index):
+        if index == 7 and not self.failed:
+            self.failed = True
+            raise OSError("sample 7 cannot be read")
+        return super().__getitem__(index)
+
+
+def test_a_sample_that_cannot_be_read_at_first_is_read_again():
+    loader = gradstats.StepLoader(Failing(torch.arange(20)), micro_batch_size=2, batch_size=4)
+    found, errors = [], 0
+    while loader.epoch == 0:
+        try:
+            for step in loader:
+                for (batch,), _ in step:
+                    found += batch.tolist()
+        except OSError:
+            errors += 1
+    assert errors == 1
+    assert sorted(found) == list(range(20))
+
+
 def test_a_step_left_early_loses_nothing():
     loader = gradstats.StepLoader(numbers(12), micro_batch_size=2, batch_size=6)
     found = []
@@ -291,6 +317,32 @@ def test_grouped_batches_of_any_loader():
     assert sizes == [4, 6, 1]
     assert weights == pytest.approx([1 / 2] * 2 + [1 / 3] * 3 + [1])
     assert loader.batch_size == 6
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data(), st.integers(1, 40), st.integers(1, 4), st.booleans())
+def test_groups_lose_nothing_while_their_count_changes_and_runs_are_resumed(
+    data, n, micro, shuffle
+):
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+
+    def make():
+        generator = torch.Generator().manual_seed(3)
+        batches = stateful(numbers(n), batch_size=micro, shuffle=shuffle, generator=generator)
+        return gradstats.GroupedLoader(batches)
+
+    loader, found = make(), []
+    while loader.epoch < 2:
+        for step in loader:
+            found += taken(step)
+            assert loader.samples == len(found)
+            loader.accumulation_steps = data.draw(st.integers(1, 5))
+            if data.draw(st.booleans()):
+                state, loader = loader.state_dict(), make()
+                loader.load_state_dict(state)
+                break
+    assert sorted(found) == sorted([*range(n)] * 2)
+    assert sorted(found[:n]) == list(range(n))
 
 
 def test_a_stateful_data_loader_is_resumed_within_an_epoch():

@@ -208,6 +208,35 @@ def test_a_rate_held_in_a_tensor_is_scaled_in_that_tensor():
     assert float(rate) == pytest.approx(0.1)
 
 
+def test_a_step_that_a_grad_scaler_leaves_out():
+    weight = nn.Parameter(torch.ones(1))
+    scaled = Recorder([weight], lr=0.1)
+    scaling = BatchScaling(scaled, batch_size=8, rule="linear", warm_up=32)
+    scaling.update(16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
+    for grad in (1.0, math.inf, 1.0, 1.0):
+        weight.grad = None
+        scaler.scale(grad * weight.sum()).backward()
+        scaler.step(scaled)
+        scaler.update()
+    # The warm-up goes by samples that were stepped on.
+    assert [lr for ((lr, _),) in scaled.seen] == pytest.approx([0.1, 0.15, 0.2])
+    assert scaled.param_groups[0]["lr"] == 0.1
+
+
+def test_a_compiled_step():
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    sgd = torch.optim.SGD([weight], lr=0.1)
+    scaling = BatchScaling(sgd, batch_size=8, rule="linear")
+    step = torch.compile(lambda: sgd.step(), backend="eager")
+    for size in (16, 24):
+        scaling.update(size)
+        step()
+    assert weight.tolist() == pytest.approx([0.5, 0.5])
+    assert sgd.param_groups[0]["lr"] == 0.1
+
+
 def test_warm_up_to_a_larger_factor_and_at_once_to_a_smaller():
     scaled = optimizer()
     scaling = BatchScaling(scaled, batch_size=10, rule="linear", warm_up=100)

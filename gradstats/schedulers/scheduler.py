@@ -15,6 +15,8 @@ from gradstats.schedulers.policies import Policy, Seen
 
 __all__ = ["BatchSizeChange", "BatchSizeScheduler"]
 
+READ_EVERY = 50
+
 
 class Loader(Protocol):
     """What a scheduler changes: `StepLoader`, `GroupedLoader`, or anything with these."""
@@ -59,7 +61,8 @@ class BatchSizeScheduler:
         scaling: told the batch size and noise scale of every decision.
         min_batch_size, max_batch_size: bounds, in samples over all ranks (default: one micro-batch per
             rank, and the dataset).
-        every: optimizer steps from one decision to the next.
+        every: optimizer steps from one decision to the next (default: 1, and 50 with a monitor, whose
+            noise scale takes some milliseconds to read and moves slowly).
         cooldown: optimizer steps for which the size stays after a change.
         tokens_per_sample: of the loader's samples, where the monitor was attached with
             ``sample="token"``: batch sizes stay in samples, and the noise scale is brought to them.
@@ -81,11 +84,13 @@ class BatchSizeScheduler:
         scaling: BatchScaling | None = None,
         min_batch_size: int | None = None,
         max_batch_size: int | None = None,
-        every: int = 10,
+        every: int | None = None,
         cooldown: int = 0,
         tokens_per_sample: float | None = None,
         process_group: Any = None,
     ) -> None:
+        if every is None:
+            every = 1 if monitor is None else READ_EVERY
         require(every >= 1, "every", every, "pass a number of steps of at least 1")
         require(cooldown >= 0, "cooldown", cooldown, "pass a number of steps of at least 0")
         in_tokens = getattr(monitor, "sample", "example") == "token"
