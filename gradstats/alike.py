@@ -50,8 +50,10 @@ def require(ours: Results, theirs: Results) -> None:
         (ours.gradients, theirs.gradients, 2e-1 if narrow else 1e-3),
     ):
         for a, b in zip(found, wanted, strict=True):
-            if a.shape != b.shape:
-                raise ValueError(f"a result of shape {tuple(a.shape)}, not {tuple(b.shape)}")
+            if a.shape != b.shape or a.dtype != b.dtype:
+                raise ValueError(
+                    f"a result of {a.dtype} and shape {tuple(a.shape)}, not {b.dtype} and {tuple(b.shape)}"
+                )
             if b.is_floating_point() and b.numel():
                 gap = (a - b).norm()
                 if not gap <= tolerance * b.norm() + 1e-12:

@@ -13,6 +13,7 @@ from gradstats.ops import call
 from gradstats.probes import Mark, row_gradient
 from gradstats.reference import stats_dtype, sum_stats
 from gradstats.rules import Use, position, rule
+from gradstats.rules.linear import autocast
 from gradstats.rules.view import view
 
 
@@ -167,6 +168,9 @@ def prelu(use: Use, func: Callable[..., Any], input: Tensor, weight: Tensor) -> 
     """x where it is positive, w·x elsewhere; w is one number, or one for each entry of dim 1."""
     if not use.tracked(weight) or not use.is_batched(input) or use.mark(input) is not None:
         return use.unruled(func, (input, weight), {})
+    input = autocast(input)[0]  # type: ignore[assignment]
+    if input.dtype != weight.dtype:
+        weight = view(use, Tensor.to, weight, input.dtype)
     if weight.numel() > 1 and input.dim() > 1:
         shape = [1] * input.dim()
         shape[1] = weight.shape[0]

@@ -55,10 +55,10 @@ class LayerNorm(torch.autograd.Function):
         wide = stats_dtype(x.dtype)
         if rms:
             xw = x.to(wide)
-            eps = torch.finfo(x.dtype).eps if eps is None else eps
+            eps = torch.finfo(wide).eps if eps is None else eps
             rstd = torch.rsqrt(xw.square().mean(dims, keepdim=True) + eps)
-            out = (xw * rstd).to(x.dtype)
-            out = out if weight is None else out * weight
+            out = xw * rstd
+            out = (out if weight is None else out * weight.to(wide)).to(x.dtype)
         else:
             out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
             if mean.dtype != wide:  # a pure bfloat16 layer rounds them; the statistics do not
@@ -163,6 +163,12 @@ def group_norm(
     return GroupNorm.apply(input, weight, bias, *probes, num_groups, eps)
 
 
+def _in_wide(x: Tensor, *params: Tensor | None) -> Tensor:
+    """x as wide as the parameters, which torch's kernels compute in."""
+    wider = [p.dtype for p in params if p is not None]
+    return x.to(torch.promote_types(x.dtype, wider[0])) if wider else x
+
+
 def _scale_and_shift(use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
     """x · weight + bias per channel, through the elementwise rule."""
     from gradstats.rules.elementwise import elementwise
@@ -196,8 +202,9 @@ def batch_norm(
         rest = (running_mean, running_var, weight, bias, training, momentum, eps, *args)
         return use.unruled(func, (input, *rest), {})
     use.batch_first(input)
-    out = F.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps)
-    return _scale_and_shift(use, out, weight, bias)
+    wide = _in_wide(input, weight, bias)
+    out = F.batch_norm(wide, running_mean, running_var, None, None, False, momentum, eps)
+    return _scale_and_shift(use, out, weight, bias).to(input.dtype)
 
 
 @rule(F.instance_norm, torch.instance_norm)
@@ -210,5 +217,6 @@ def instance_norm(
     if not use.tracked(weight, bias):
         return use.unruled(func, (input, running_mean, running_var, weight, bias, *rest), {})
     use.batch_first(input)
-    out = func(input, running_mean, running_var, None, None, *rest)
-    return _scale_and_shift(use, out, weight, bias)
+    wide = _in_wide(input, weight, bias)
+    out = func(wide, running_mean, running_var, None, None, *rest)
+    return _scale_and_shift(use, out, weight, bias).to(input.dtype)
