@@ -12,8 +12,6 @@ deliver to belong to the pass that runs.
 from __future__ import annotations
 
 import itertools
-import sys
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
 
-from gradstats import layout
+from gradstats import layout, tracing
 from gradstats.calls import (
     FallbackFailed,
     NeedsFallback,
@@ -52,28 +49,7 @@ from gradstats.probes import (
 from gradstats.rules import RULES
 from gradstats.uses import Answers
 
-_live: weakref.WeakValueDictionary[int, Interposer] = weakref.WeakValueDictionary()
 _keys = itertools.count()
-_HIDES_CONSTRUCTORS = torch.__version__ < "2.12"  # compared as versions are
-
-
-def _show_constructors() -> None:
-    """Have older compilers give torch.arange and its like to a mode, as 2.12 and eager torch do.
-
-    Else constants lose their mark, and positions as many as the samples pass for samples.
-    """
-    tracer = sys.modules.get("torch._dynamo.variables.torch")
-    if tracer is not None:
-        tracer.get_overridable_functions().update(_device_constructors())
-
-
-def _ensure_shared_leaf(ctx: Any) -> None:
-    """Runs while a graph is compiled: makes the leaf of its batch size, once."""
-    if _HIDES_CONSTRUCTORS:
-        _show_constructors()
-    key = ctx.get_local("key").as_python_constant()
-    batch = ctx.get_local("batch").as_python_constant()
-    _live[key].make_shared_leaf(batch)
 
 
 class Interposer(Answers, TorchFunctionMode):
@@ -93,7 +69,7 @@ class Interposer(Answers, TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.key = next(_keys)
-        _live[self.key] = self
+        tracing.live[self.key] = self
         self.aliases = aliases
         self.index = {name: i for i, name in enumerate(aliases)}
         self.batch_dim = batch_dim
@@ -101,6 +77,8 @@ class Interposer(Answers, TorchFunctionMode):
         self.ledger = Ledger()
         self.enabled = True
         self.suspended = False
+        self.tracing = False
+        self.shared: set[str] = set()
         self.current: Pass | None = None
         self.batch = 0  # samples in the current pass
         self.stack: list[Frame] = []
@@ -194,16 +172,21 @@ class Interposer(Answers, TorchFunctionMode):
         key = self.key
         from torch._dynamo.comptime import comptime  # the compiler is loaded by now, and only now
 
-        comptime(lambda ctx: _ensure_shared_leaf(ctx))
+        comptime(lambda ctx: tracing.ensure_shared_leaf(ctx))
         assert key is not None
         self.current = Pass(batch, getattr(self, f"_leaf_{batch}"))
         self.current.look_at(tensors_in(*args, kwargs), self.batch_dim)
         self.batch = batch
+        self.tracing = True
         try:
             with self:
-                return original(*args, **kwargs)
+                out = original(*args, **kwargs)
+            if self.current.retrace:
+                comptime(lambda ctx: tracing.trace_again(ctx))
+            return out
         finally:
             self.current = None
+            self.tracing = False
 
     def make_shared_leaf(self, batch: int) -> None:
         if not hasattr(self, f"_leaf_{batch}"):
@@ -273,8 +256,8 @@ class Interposer(Answers, TorchFunctionMode):
         require_no_capture()
         if torch._C._current_graph_task_id() != -1:
             return self._reopen(path, args, kwargs)
-        if _HIDES_CONSTRUCTORS:  # for a part of the model that is compiled
-            _show_constructors()
+        if tracing.HIDES_CONSTRUCTORS:  # for a part of the model that is compiled
+            tracing.show_constructors()
         if self.ledger.between is not None and self.ledger.deliveries:
             self.ledger.between()
         delivered = [d.leaf for d in self.ledger.deliveries]
@@ -380,6 +363,9 @@ class Interposer(Answers, TorchFunctionMode):
             return
         assert self.current is not None
         if torch.compiler.is_compiling():
+            if earlier and name not in self.shared:
+                self._found_shared(name)
+                return
             self.uncovered[name] = f"{reason}; the fallback does not run in a compiled forward"
             return
         for frame in reversed(self.stack):
@@ -392,6 +378,15 @@ class Interposer(Answers, TorchFunctionMode):
                 self.fallbacks[frame.path] = need
                 break
         self.missed[name] = reason
+
+    def _found_shared(self, name: str) -> None:
+        assert self.current is not None
+        self.current.retrace = True
+        key = self.key
+        from torch._dynamo.comptime import comptime
+
+        comptime(lambda ctx: tracing.note_shared(ctx))
+        assert key is not None
 
 
 def _nobody() -> None:

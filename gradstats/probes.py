@@ -132,6 +132,7 @@ class Pass:
         self.recomputing = recomputing  # a checkpoint runs part of it again, in the backward
         self.skipped = False  # part of it ran without gradients, as in a reentrant checkpoint
         self.uses: dict[str, tuple[UseOf, ...]] = {}
+        self.retrace = False  # a parameter turned out to have several uses in the graph
         self.by_fallback: set[str] = set()  # modules that were run sample by sample
         self.joints: dict[str, Any] = {}  # of parameters that only joinable rules used
         self.inputs: tuple[Tensor, ...] = ()

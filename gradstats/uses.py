@@ -14,6 +14,7 @@ from gradstats.errors import BatchDimError, UnsupportedLayerError
 from gradstats.grouping import Flattened, Grouping, Packed
 from gradstats.layout import NeedsLayout
 from gradstats.probes import ATTRIBUTE, NO_PROBE, Frame, Mark, Part, Pass, Probe, UseOf
+from gradstats.rules.chain import Chain, Floor
 from gradstats.rules.joint import Joint
 
 
@@ -28,6 +29,8 @@ class Answers:
     stack: list[Frame]
     layouts: dict[str, str]  # of flattened inputs, by the module that met them
     looked: bool  # for those layouts
+    tracing: bool  # a graph is compiled
+    shared: set[str]  # parameters that some compiled graph uses several times
 
     def _fall_back_or_note(self, name: str, reason: str, earlier: tuple[UseOf, ...]) -> None:
         raise NotImplementedError
@@ -59,11 +62,33 @@ class Answers:
         if mark is None or mark.name is None or mark.ids is not None or mark.m2 is not None:
             return None
         assert current is not None
-        if current.recomputing or torch.compiler.is_compiling():
+        if current.recomputing or self.tracing:
             return None
         joint: Joint = current.joints.setdefault(mark.name, Joint())
         joint.uses += 1
         return joint
+
+    def chain(self, tensor: Tensor | None) -> Chain | None:
+        assert self.current is not None
+        mark = self.mark(tensor)
+        if (
+            tensor is None
+            or not tensor.requires_grad
+            or mark is None
+            or mark.name not in self.shared
+        ):
+            return None
+        if not tensor.is_leaf or mark.ids is not None or mark.m2 is not None:
+            return None
+        joints, rows, at = self.current.joints, self.current.rows, self.index[mark.name]
+        chain: Chain = joints.setdefault(mark.name, Chain(tensor.shape[0]))
+        chain.uses += 1
+        # Uses add up to one delivery, which the first counts as.
+        row = Floor.apply(rows[at]) if chain.uses == 1 else rows[at]
+        if chain.uses == 2:
+            row = torch.cat((row[:-1], row.new_zeros(1)))
+        self.current.rows = (*rows[:at], row, *rows[at + 1 :])
+        return chain
 
     def probe_of(self, name: str, m2: Tensor | None, part: Part | None = None) -> Probe:
         """The probe of a parameter by name, or of a part of it; counts as a use of that."""

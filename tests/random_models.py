@@ -61,11 +61,15 @@ def truth(
     return {name: torch.stack(grads) for name, grads in found.items()}
 
 
-def train(spec: Spec, model: nn.Module, batch: Tensor) -> None:
+def train(spec: Spec, model: nn.Module, batch: Tensor) -> list[Tensor]:
+    """Backward of every micro-batch; what came out of the forwards."""
+    outputs = []
     for part in batch.split(list(spec.micro_batches)):
         with torch.autocast("cpu", torch.bfloat16, enabled=spec.dtype == "autocast"):
             out = model(part)
         (loss(out) / len(batch)).backward()
+        outputs.append(out.detach())
+    return outputs
 
 
 class Wrong(AssertionError):
@@ -89,15 +93,19 @@ def examine(spec: Spec) -> list[str]:
     plain = copy.deepcopy(model)
     with warnings.catch_warnings(), gradstats.backends.use(spec.backend):
         warnings.simplefilter("ignore")
-        train(spec, plain, batch)
+        expected = train(spec, plain, batch)
         try:
             monitor = gradstats.attach(model, moments=spec.moments)
             for _ in range(2):  # the second step runs what the first one found out
                 model.zero_grad()
-                train(spec, model, batch)
+                outputs = train(spec, model, batch)
                 stats = monitor.step()
         except gradstats.GradStatsError as error:
             return [str(error)]
+    for out, want in zip(outputs, expected, strict=True):
+        _require(out.dtype == want.dtype, spec, f"outputs are {out.dtype}, not {want.dtype}")
+        gap = float((out.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
+        _require(gap <= tolerance, spec, f"outputs are off by {gap}")
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         if q.grad is None:
             _require(p.grad is None, spec, f"{name} has a gradient")

@@ -37,6 +37,11 @@ class Use(Protocol):
     def joint(self, tensor: Tensor | None) -> Any:
         """Ask before `probe`: the `rules.joint.Joint` of a parameter whose uses may be several."""
 
+    tracing: bool  # a graph is compiled, which `joint` cannot serve
+
+    def chain(self, tensor: Tensor | None) -> Any:
+        """The same in a graph that is traced: the `rules.chain.Chain`, None where there is one use."""
+
     def batch_first(self, tensor: Tensor) -> Tensor:
         """`tensor` with its samples in dimension 0; raises BatchDimError where they are not."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradstats.ops import call
 from gradstats.probes import ATTRIBUTE, Mark, row_gradient
 from gradstats.rules import Use, rule
+from gradstats.rules.chain import LOOKUP
 from gradstats.rules.joint import Lookup
 
 
@@ -82,9 +83,13 @@ def embedding(
     if max_norm is not None:
         with torch.no_grad():
             torch.embedding_renorm_(weight, input.contiguous(), max_norm, norm_type)
-    joint = use.joint(weight)
-    probe = use.probe(weight)
-    return back(Embedding.apply(weight, input, probe.row, probe.m2, padding, use.batch_dim, joint))
+    joint, chain = use.joint(weight), use.chain(weight) if use.tracing else None
+    row, m2 = use.probe(weight)
+    out = Embedding.apply(weight, input, row, m2, padding, use.batch_dim, joint)
+    if chain is not None:
+        ids = input.movedim(use.batch_dim, 0).reshape(input.shape[use.batch_dim], -1)
+        out = chain.link(out, row, LOOKUP, torch.where(ids == padding, -1, ids), use.batch_dim)
+    return back(out)
 
 
 @rule(F.embedding_bag)

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradstats.ops import call
 from gradstats.probes import row_gradient
 from gradstats.rules import Use, rule
+from gradstats.rules.chain import FLIPPED, PRODUCT, SHIFT, three
 from gradstats.rules.joint import Product, Total
 from gradstats.rules.view import view
 
@@ -53,7 +54,7 @@ class Linear(torch.autograd.Function):
         dw = db = row_w = row_b = None
         m2_w = m2_b = None
         if needs_w or needs_b:
-            xs, gs = _three(x, ctx.batch_dim), _three(g, ctx.batch_dim)
+            xs, gs = three(x, ctx.batch_dim), three(g, ctx.batch_dim)
             moments = ctx.needs_input_grad[4] or ctx.needs_input_grad[6]
             flipped = ctx.transposed and needs_w
             left, right = (gs, xs) if flipped else (xs, gs)
@@ -85,13 +86,6 @@ class Linear(torch.autograd.Function):
         )
 
 
-def _three(t: Tensor, batch_dim: int) -> Tensor:
-    """(B, T, features) from any rank."""
-    if batch_dim != 0:
-        t = t.movedim(batch_dim, 0)
-    return t.unsqueeze(1) if t.dim() == 2 else t.reshape(t.shape[0], -1, t.shape[-1])
-
-
 def _apply(
     use: Use, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False
 ) -> Any:
@@ -117,9 +111,16 @@ def _product(
     transposed: bool = False,
 ) -> Tensor:  # fmt: skip
     joints = use.joint(weight), use.joint(bias)
+    of_w, of_b = (use.chain(weight), use.chain(bias)) if use.tracing else (None, None)
     probes = *use.probe(weight), *use.probe(bias)
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    return Linear.apply(x, weight, bias, *probes, batch_dim, transposed, joints)  # type: ignore[no-any-return]
+    out: Any = Linear.apply(x, weight, bias, *probes, batch_dim, transposed, joints)
+    if of_w is not None:
+        kind = FLIPPED if transposed else PRODUCT
+        out = of_w.link(out, probes[0], kind, three(x, batch_dim), batch_dim)
+    if of_b is not None:
+        out = of_b.link(out, probes[2], SHIFT, out, batch_dim)
+    return out  # type: ignore[no-any-return]
 
 
 @rule(F.linear, per_position=True)
@@ -170,4 +171,6 @@ def bilinear(
         return use.unruled(func, (input1, input2, weight, bias), {})
     use.batch_first(input1)
     pairs = (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2)
-    return _apply(use, pairs, view(use, Tensor.reshape, weight, (weight.shape[0], -1)), bias)
+    flat = view(use, Tensor.reshape, weight, (weight.shape[0], -1))
+    with torch.autocast(pairs.device.type, enabled=False):  # which leaves bilinear as it is
+        return _apply(use, pairs, flat, bias)

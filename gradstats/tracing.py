@@ -1,0 +1,44 @@
+"""What runs while a graph is compiled: real Python, where the compiler only has names of things."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._device import _device_constructors
+
+live: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # interposers, by key
+HIDES_CONSTRUCTORS = torch.__version__ < "2.12"  # compared as versions are
+
+
+def show_constructors() -> None:
+    """Have older compilers give torch.arange and its like to a mode, as 2.12 and eager torch do.
+
+    Else constants lose their mark, and positions as many as the samples pass for samples.
+    """
+    tracer = sys.modules.get("torch._dynamo.variables.torch")
+    if tracer is not None:
+        tracer.get_overridable_functions().update(_device_constructors())
+
+
+def ensure_shared_leaf(ctx: Any) -> None:
+    """Runs while a graph is compiled: makes the leaf of its batch size, once."""
+    if HIDES_CONSTRUCTORS:
+        show_constructors()
+    key = ctx.get_local("key").as_python_constant()
+    batch = ctx.get_local("batch").as_python_constant()
+    live[key].make_shared_leaf(batch)
+
+
+def note_shared(ctx: Any) -> None:
+    """Runs while a graph is compiled: what traces it next knows that the parameter has several uses."""
+    key = ctx.get_local("key").as_python_constant()
+    live[key].shared.add(ctx.get_local("name").as_python_constant())
+
+
+def trace_again(ctx: Any) -> None:
+    from torch._dynamo.exc import UnspecializeRestartAnalysis  # the one that may take other paths
+
+    raise UnspecializeRestartAnalysis(restart_reason="parameters are used several times")

@@ -1,0 +1,122 @@
+"""Inside torch.compile(fullgraph=True): parameters with several uses, and recurrent layers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import PROBLEMS, Tied, Twice, loss
+from oracle import assert_matches, per_sample_gradients
+from test_shared import Loop, TiedTwice
+from torch import Tensor, nn
+
+import gradstats
+
+
+class HeadFirst(nn.Module):
+    """A product with the table before it is looked up, and its transpose after that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner = nn.Embedding(13, 6, padding_idx=2), nn.Linear(6, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.inner(F.one_hot(ids, 13).to(self.table.weight.dtype)[..., :6]))
+        shares = torch.softmax(F.linear(x, self.table.weight), -1)
+        x = x + shares @ self.table.weight + self.table(ids) + self.table(ids.flip(1))
+        return self.inner(torch.tanh(x))
+
+
+def sequence(n: int) -> Tensor:
+    return torch.randn(n, 7, 6)
+
+
+def ids(n: int) -> Tensor:
+    return torch.randint(0, 13, (n, 7))
+
+
+def compiled(model: nn.Module, backend: str = "aot_eager") -> nn.Module:
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+SHARED = [(Twice, sequence), (Loop, sequence), (Tied, ids), (TiedTwice, ids), (HeadFirst, ids)]
+
+
+@pytest.mark.parametrize(("make", "data"), SHARED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_several_uses_are_exact(make, data, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, batch = make(), data(5)
+    plain = copy.deepcopy(model)
+    true = per_sample_gradients(model, loss, batch)
+    model = model.to(dtype)
+    batch = batch.to(dtype) if batch.is_floating_point() else batch
+    monitor = gradstats.attach(model)
+    run = compiled(model)
+    for _ in range(2):
+        model.zero_grad()
+        loss(run, batch).backward()
+        assert_matches(monitor.step(), true, 1e-5 if dtype == torch.float32 else 1e-10)
+    loss(plain, batch.float() if batch.is_floating_point() else batch).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.float(), q.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_several_uses_with_inductor_and_micro_batches() -> None:
+    torch.manual_seed(0)
+    model, batch = Tied(), ids(6)
+    true = per_sample_gradients(model, loss, batch)
+    monitor = gradstats.attach(model)
+    run = compiled(model, "inductor")
+    for part in batch.split([4, 2]):
+        (loss(run, part) * len(part) / len(batch)).backward()
+    assert_matches(monitor.step(), true, 1e-5)
+
+
+def test_uses_that_cancel_leave_no_negative_norm() -> None:
+    class Cancelling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.split([4, 5], 1)
+            together = F.linear(x, self.inner.weight).sum(1)
+            return self.inner(a).sum(1) + F.linear(b, self.inner.weight).sum(1) - together
+
+    torch.manual_seed(0)
+    model = Cancelling()
+    monitor = gradstats.attach(model)
+    (compiled(model)(torch.randn(50, 9, 16)) * torch.randn(16)).sum(1).mean().backward()
+    stats = monitor.step()
+    assert stats.coverage.fraction == 1.0
+    sq_norm = stats.layers["inner.weight"].per_sample_sq_norm
+    assert sq_norm.min() >= 0
+    assert sq_norm.max() < 1e-2  # of terms near 1e4
+
+
+def test_moments_of_several_uses_are_said_to_be_unmeasured() -> None:
+    model = Twice()
+    monitor = gradstats.attach(model, moments=True)
+    loss(compiled(model), sequence(5)).backward()
+    missing = monitor.step().coverage.missing
+    assert set(missing) == {"inner.weight", "inner.bias"}
+    assert "used more than once" in missing["inner.weight"]
+    assert "does not run in a compiled forward" in missing["inner.weight"]
+
+
+@pytest.mark.parametrize("name", ["lstm", "lstm_deep", "gru", "rnn"])
+@torch._dynamo.config.patch(allow_rnn=True)  # else the compiler refuses them
+def test_recurrent_layers_are_exact(name: str) -> None:
+    torch.manual_seed(0)
+    model, batch = PROBLEMS[name].make(), PROBLEMS[name].data(5)
+    true = per_sample_gradients(model, loss, batch)
+    monitor = gradstats.attach(model, moments=True)
+    run = compiled(model)
+    for _ in range(2):
+        model.zero_grad()
+        loss(run, batch).backward()
+        assert_matches(monitor.step(), true, 1e-5)
