@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from gradstats.scaling import BatchScaling
     from gradstats.schedulers import BatchSizeScheduler
     from gradstats.stats import GradStats
+    from gradstats.step_time import StepTime
+    from gradstats.timing import measure_step
 
 __version__ = "0.1.0"
 
@@ -47,6 +49,8 @@ _LAZY = {
     "BatchSizeScheduler": "schedulers",
     "GroupedLoader": "grouped_loader",
     "StepLoader": "loader",
+    "StepTime": "step_time",
+    "measure_step": "timing",
 }
 
 __all__ = [
@@ -67,10 +71,12 @@ __all__ = [
     "NoiseScale",
     "OrderError",
     "StepLoader",
+    "StepTime",
     "UnsupportedLayerError",
     "attach",
     "backends",
     "check",
+    "measure_step",
     "optim",
     "recommend",
     "rule",
