@@ -206,6 +206,7 @@ def test_a_step_that_was_not_finished_is_begun_again_after_a_restart():
     fresh.load_state_dict(state)
     again = taken(next(iter(fresh)))
     assert again[:2] == half
+    assert (loader.samples, fresh.samples) == (8, 12)
     assert sorted(first + again) == list(range(12))
 
 

@@ -256,6 +256,27 @@ def test_the_batch_grows_instead_of_the_rate_decaying_until_it_may_not(make):
     assert bounded
 
 
+def test_a_resumed_run_remembers_the_largest_rate():
+    def make(rate=0.1):
+        data, optimizer = loader(n=20_000), sgd(rate)
+        schedule = lrs.ExponentialLR(optimizer, 0.5)
+        scaling = BatchScaling(optimizer, batch_size=64, rule="linear")
+        return optimizer, schedule, BatchSizeScheduler(instead_of_decay, data, scaling=scaling)
+
+    optimizer, schedule, scheduler = make()
+    for _ in range(2):
+        optimizer.step()
+        schedule.step()
+        scheduler.step()
+    assert scheduler.batch_size == 256
+    fresh = make(0.001)  # at first below the rate that the checkpoint brings back
+    for part, held in zip(fresh, (optimizer, schedule, scheduler), strict=True):
+        part.load_state_dict(held.state_dict())
+    for part in fresh:
+        part.step()
+    assert fresh[2].batch_size == 512
+
+
 def test_a_schedule_in_samples():
     data = loader(n=1024)
     scheduler = BatchSizeScheduler(
