@@ -9,6 +9,7 @@ of ranks, micro-batch size or workers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -166,8 +167,8 @@ class StepLoader:
             if self._micro != self._next_micro:
                 self._micro, self._batches = self._next_micro, None
             left = len(order) - self.position
-            sizes = row_sizes(left, self._micro, self.world_size, full=self.full)
-            sizes = sizes[: self._accumulation]
+            row = row_sizes(left, self._micro, self.world_size, full=self.full)
+            sizes = list(islice(row, self._accumulation))
             if not sizes:
                 break
             before = self._began = self.position
@@ -256,8 +257,9 @@ class StepLoader:
         """Sample numbers in the order of this epoch, the same on all ranks."""
         if self._order_of != self.epoch:
             order = epoch_order(self.dataset_size, self.seed if self.shuffle else None, self.epoch)
-            carried = np.asarray(self._carried, np.int64)
-            self._order, self._order_of = np.concatenate([carried, order]), self.epoch
+            if self._carried:
+                order = np.concatenate([np.asarray(self._carried, np.int64), order])
+            self._order, self._order_of = order, self.epoch
         return self._order
 
 

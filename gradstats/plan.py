@@ -7,7 +7,7 @@ no rank runs out of micro-batches before another and collectives always meet.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import chain, repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ def epoch_order(samples: int, seed: int | None, epoch: int) -> NDArray[np.int64]
 
 def row_sizes(
     samples: int, micro_batch_size: int, world_size: int, *, full: bool = False
-) -> list[int]:
+) -> Iterator[int]:
     """Sizes of the rows that `samples` samples make, in order.
 
     They add up to `samples`, but for what cannot make a row: fewer samples than ranks, or with `full`
@@ -34,14 +34,14 @@ def row_sizes(
     """
     size = micro_batch_size * world_size
     if full:
-        return [size] * (samples // size)
+        return repeat(size, samples // size)
     number = min(-(-samples // size), samples // world_size)
     if number == 0:
-        return []
+        return iter(())
     last = samples - size * (number - 1)
     if last >= world_size:
-        return [*[size] * (number - 1), last]
-    return [*[size] * (number - 2), size + last - world_size, world_size]
+        return chain(repeat(size, number - 1), [last])
+    return chain(repeat(size, number - 2), [size + last - world_size, world_size])
 
 
 def share(size: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -61,7 +61,7 @@ def rows(
     full: bool = False,
 ) -> Iterator[tuple[int, int]]:
     """(first, end) positions of one rank's micro-batch in each row of the positions start to end."""
-    sizes = row_sizes(end - start, micro_batch_size, world_size, full=full)
-    for size, after in zip(sizes, accumulate(sizes), strict=True):
+    for size in row_sizes(end - start, micro_batch_size, world_size, full=full):
         first, last = share(size, rank, world_size)
-        yield start + after - size + first, start + after - size + last
+        yield start + first, start + last
+        start += size
