@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import gradstats
+from gradstats.distributed import ALONE
 
 
 def ddp_steps(name: str, sizes: list[int], wrap, dtype=torch.float64, tol=1e-9, **options):
@@ -260,3 +261,20 @@ def ddp_communication_hooks(rank: int, world: int) -> object:
     except gradstats.UnsupportedLayerError as error:
         return {"text": str(error)}
     return None
+
+
+@case(0)
+def ddp_tokens_as_samples(rank: int, world: int) -> None:
+    sizes = uneven(world)
+    model, batch = setup("positions", sizes)
+    alone = copy.deepcopy(model)
+    one = gradstats.attach(alone, sample="token", process_group=ALONE)
+    for part in batch.split(sizes):
+        (loss(alone, part) / world).backward()
+    want = one.step()
+    monitor, run = after(model, sample="token")
+    loss(run, mine(batch, sizes)).backward()
+    found = monitor.step()
+    assert found.num_samples == want.num_samples == batch.numel()
+    for field in ("mean_sq_norm", "grad_sq_norm", "tr_sigma", "noise_scale"):
+        assert relative(getattr(found, field), getattr(want, field)) < 1e-9, field

@@ -226,6 +226,15 @@ def test_compiled(name: str) -> None:
         assert_matches(monitor.step(), true, 1e-5)
 
 
+def test_the_self_check_passes() -> None:
+    model = Language()
+    with gradstats.attach(model, sample="token", self_check=1) as monitor:
+        for _ in range(6):
+            model.zero_grad()
+            _loss(model, IDS).backward()
+            assert monitor.step().coverage.fraction == 1
+
+
 def test_uneven_micro_batches_of_tokens() -> None:
     model = Language()
     true = per_token_gradients(model, IDS)
