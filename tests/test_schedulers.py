@@ -221,6 +221,7 @@ def test_no_noise_scale_brings_it_out_of_bounds_or_to_a_stop(values):
         lambda o: lrs.StepLR(o, 4, 0.5),
         lambda o: lrs.CosineAnnealingLR(o, 20),
         lambda o: lrs.OneCycleLR(o, 0.4, total_steps=21),
+        lambda o: lrs.LambdaLR(o, lambda t: t / 5 if t < 5 else 0.8 ** (t - 5)),
         lambda o: lrs.SequentialLR(
             o, [lrs.LinearLR(o, 0.1, total_iters=5), lrs.CosineAnnealingLR(o, 15)], [5]
         ),
@@ -247,7 +248,7 @@ def test_the_batch_grows_instead_of_the_rate_decaying_until_it_may_not(make):
         assert scaled == pytest.approx(
             plain * size / 64
         )  # as much rate per sample as the schedule's
-        if 64 * peak / plain <= 640:
+        if 64 * peak <= 640 * plain:
             assert scaled == pytest.approx(peak, rel=0.6 / size)  # but for the batch's rounding
         else:
             bounded = True

@@ -175,14 +175,18 @@ class PerSampleAdam(torch.optim.Optimizer):
 
     def _factor(self, stats: GradStats, named: Sequence[tuple[str, Tensor]]) -> Tensor:
         """(1/R − 1/B, at least 0) in the units of the gradients' squares: 0-d."""
-        rows = {name: i for i, name in enumerate(stats.coverage.names)}
+        # By views and not by an index, which would be copied to the device and waited for.
         assert stats.layer_grad_sq_norm is not None
-        then = stats.layer_grad_sq_norm[[rows[name] for name, _ in named]].sum()
+        rows = dict(zip(stats.coverage.names, stats.layer_grad_sq_norm.unbind(), strict=True))
+        then = torch.stack([rows[name] for name, _ in named]).sum()
         grads = [p.grad.to(then.dtype) for _, p in named if p.grad is not None]
         now = torch.stack(torch._foreach_norm(grads)).square().sum()
-        samples = torch.as_tensor(stats.samples, dtype=now.dtype, device=now.device)
-        weight = (1 / self.reference_batch_size - 1 / samples).clamp_min(0)
-        return torch.where(then > 0, weight * now / then, weight)
+        n = stats.samples
+        weight = 1 / self.reference_batch_size - 1 / (
+            n.to(now.dtype) if isinstance(n, Tensor) else n
+        )
+        weight = weight.clamp_min(0) if isinstance(weight, Tensor) else max(weight, 0.0)
+        return torch.where(then > 0, weight * now / then, weight).to(now)
 
     def _update(
         self,
