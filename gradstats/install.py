@@ -54,6 +54,7 @@ def install(
     for path, module in model.named_modules():
         if type(module).__module__ in _TRANSPARENT and next(module.parameters(), None) is None:
             continue
+        interposer.owners[path] = module._parameters
         own = module.__dict__.get("forward")
         object.__setattr__(module, ENTRY, (interposer, path, module.forward))
         object.__setattr__(module, "_gradstats_own_forward", own)

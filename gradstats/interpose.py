@@ -68,7 +68,7 @@ class Interposer(Answers, TorchFunctionMode):
         chunk_bytes: int,
     ) -> None:
         super().__init__()
-        self.key = next(_keys)
+        self.key = f"interposer {next(_keys)}"  # a number may become a symbol in a graph
         tracing.live[self.key] = self
         self.aliases = aliases
         self.index = {name: i for i, name in enumerate(aliases)}
@@ -96,6 +96,7 @@ class Interposer(Answers, TorchFunctionMode):
         self.looked = False
         self.recorder: Recorder | None = None
         self._canonical = {alias: name for name, group in aliases.items() for alias in group}
+        self.owners: dict[str, dict[str, Any]] = {}  # modules' parameters, by path
         self._passes: list[Pass] = []
         self.adopted: Callable[[str, Tensor], None] | None = None  # told of new parameter objects
 
@@ -123,7 +124,7 @@ class Interposer(Answers, TorchFunctionMode):
                 self.current.skipped = True
             return original(*args, **kwargs)
         if torch.compiler.is_compiling():
-            return self._enter_traced(original, args, kwargs)
+            return self._enter_traced(path, original, args, kwargs)
         if self.current is not None:
             return self._enter_nested(module, path, original, args, kwargs)
         if self._was_within_fallback(path):
@@ -159,7 +160,12 @@ class Interposer(Answers, TorchFunctionMode):
                 self.current.inputs = ()
             self.current = None
 
-    def _enter_traced(self, original: Any, args: Any, kwargs: Any) -> Any:
+    def _enter_traced(self, path: str, original: Any, args: Any, kwargs: Any) -> Any:
+        key = self.key
+        from torch._dynamo.comptime import comptime  # the compiler is loaded by now, and only now
+
+        comptime(lambda ctx: tracing.adopt(ctx))
+        assert key is not None and path is not None  # they are looked up by these names
         if self.current is not None:
             return original(*args, **kwargs)
         if self.groups is not None or self.counted is not None:
@@ -169,11 +175,7 @@ class Interposer(Answers, TorchFunctionMode):
             )
         # Multiplying a tuple specialises a symbolic batch size: the rows need a number.
         batch = len((0,) * self._batch_size("the model", args, kwargs))
-        key = self.key
-        from torch._dynamo.comptime import comptime  # the compiler is loaded by now, and only now
-
         comptime(lambda ctx: tracing.ensure_shared_leaf(ctx))
-        assert key is not None
         self.current = Pass(batch, getattr(self, f"_leaf_{batch}"))
         self.current.look_at(tensors_in(*args, kwargs), self.batch_dim)
         self.batch = batch
@@ -231,6 +233,12 @@ class Interposer(Answers, TorchFunctionMode):
             current.uses = {n: used for n, used in kept.items() if used}
             for name, joint in current.joints.items():
                 joint.uses = len(current.uses.get(name, ()))
+
+    def adopt_at(self, path: str) -> None:
+        """Know the objects that are parameters of the module at `path` now, as fully_shard puts them in."""
+        for key, param in self.owners[path].items():
+            if param is not None and getattr(param, ATTRIBUTE, None) is None:
+                self._adopt(f"{path}.{key}" if path else key, param)
 
     def _adopt(self, alias: str, param: Tensor) -> None:
         """A parameter is known by where it sits: a new object in an old place is the same one."""

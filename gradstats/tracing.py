@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-live: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # interposers, by key
+live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # interposers, by key
 HIDES_CONSTRUCTORS = torch.__version__ < "2.12"  # compared as versions are
 
 
@@ -21,6 +21,12 @@ def show_constructors() -> None:
     tracer = sys.modules.get("torch._dynamo.variables.torch")
     if tracer is not None:
         tracer.get_overridable_functions().update(_device_constructors())
+
+
+def adopt(ctx: Any) -> None:
+    """Runs while a graph is compiled: parameters may be other objects than when the model was attached."""
+    key = ctx.get_local("key").as_python_constant()
+    live[key].adopt_at(ctx.get_local("path").as_python_constant())
 
 
 def ensure_shared_leaf(ctx: Any) -> None:

@@ -45,10 +45,15 @@ def sharded_before(model: nn.Module, **options):
     return monitor, shard(model)
 
 
-def fsdp_steps(name, sizes, wrap, dtype=torch.float64, tol=1e-9, **options):
+def fsdp_steps(name, sizes, wrap, dtype=torch.float64, tol=1e-9, compiled="", **options):
     model, batch = setup(name, sizes, dtype)
     true = contributions(model, batch, sizes)
     monitor, run = wrap(model, **options)
+    if compiled == "whole":
+        run.compile(backend="aot_eager")
+    elif compiled == "parts":
+        for module in run.children():
+            module.compile(backend="aot_eager")
     for _ in range(2):
         run.zero_grad()
         loss(run, mine(batch, sizes)).backward()
@@ -77,6 +82,14 @@ def fsdp_moments(rank: int, world: int) -> None:
     for wrap in (sharded_before, sharded_after):
         stats = fsdp_steps("layer_norm", uneven(world), wrap, moments=True)
         assert set(stats.grad_var) == set(stats.layers)
+
+
+@case(0)
+def fsdp_compiled(rank: int, world: int) -> None:
+    for wrap in (sharded_before, sharded_after):
+        for compiled in ("whole", "parts"):
+            torch._dynamo.reset()
+            fsdp_steps("layer_norm", uneven(world), wrap, compiled=compiled, moments=True)
 
 
 @case()

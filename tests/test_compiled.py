@@ -120,3 +120,15 @@ def test_recurrent_layers_are_exact(name: str) -> None:
         model.zero_grad()
         loss(run, batch).backward()
         assert_matches(monitor.step(), true, 1e-5)
+
+
+def test_the_models_that_follow_in_one_process_compile_too() -> None:
+    torch._dynamo.reset()
+    for _ in range(3):  # no reset between them: they share the compiler's memory of the code
+        torch.manual_seed(0)
+        model, batch = Twice(), sequence(5)
+        true = per_sample_gradients(model, loss, batch)
+        monitor = gradstats.attach(model)
+        loss(torch.compile(model, fullgraph=True, backend="aot_eager"), batch).backward()
+        assert_matches(monitor.step(), true, 1e-5)
+        monitor.detach()
