@@ -165,7 +165,8 @@ class Interposer(Answers, TorchFunctionMode):
         from torch._dynamo.comptime import comptime  # the compiler is loaded by now, and only now
 
         comptime(lambda ctx: tracing.adopt(ctx))
-        assert key is not None and path is not None  # they are looked up by these names
+        assert key is not None  # they are looked up by these names
+        assert path is not None
         if self.current is not None:
             return original(*args, **kwargs)
         if self.groups is not None or self.counted is not None:

@@ -343,9 +343,9 @@ def test_compiled_in_place_and_run_before_attaching(model, batch) -> None:
     assert_matches(monitor.step(), true, 1e-5)
 
 
-def test_more_batch_sizes_than_the_compiler_keeps_graphs(model, monkeypatch) -> None:
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_more_batch_sizes_than_the_compiler_keeps_graphs(model) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     monitor = gradstats.attach(model)
     run = torch.compile(model, backend="aot_eager")
     for n in (2, 3, 4, 5, 3):
