@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -93,7 +94,7 @@ def a_checkpoint_goes_on_with_other_ranks(rank: int, world: int) -> None:
 
 @case(0)
 def a_training_is_that_of_one_process(rank: int, world: int) -> None:
-    """Three epochs with an uneven end under DDP: samples, sizes, rates and weights, to rounding."""
+    """Two epochs with an uneven end, DDP and FSDP2: samples, sizes, rates and weights, to rounding."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(203, 5, generator=generator, dtype=torch.float64)
     y = x[:, :2] + torch.randn(203, 2, generator=generator, dtype=torch.float64)
@@ -101,9 +102,11 @@ def a_training_is_that_of_one_process(rank: int, world: int) -> None:
     torch.manual_seed(1)
     first = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2)).double()
 
-    def train(ranks: int, mine: int) -> tuple[list[int], list[float], list[torch.Tensor]]:
+    def train(
+        wrap: Callable[[nn.Module], nn.Module], ranks: int, mine: int
+    ) -> tuple[list[int], list[float], list[torch.Tensor]]:
         model = copy.deepcopy(first)
-        run = DistributedDataParallel(model) if ranks > 1 else model
+        run = wrap(model)
         monitor = gradstats.attach(run, process_group=None if ranks > 1 else ALONE, half_life=20)
         optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
         loader = StepLoader(
@@ -114,7 +117,7 @@ def a_training_is_that_of_one_process(rank: int, world: int) -> None:
             noise_scale, loader, monitor=monitor, scaling=scaling, every=3
         )
         sizes, rates = [], []
-        while loader.epoch < 3:
+        while loader.epoch < 2:
             for step in loader:
                 for (a, b), weight in step:
                     (weight * (run(a) - b).square().sum(1).mean()).backward()
@@ -127,14 +130,16 @@ def a_training_is_that_of_one_process(rank: int, world: int) -> None:
                 scheduler.step()
                 sizes.append(scheduler.batch_size)
         monitor.detach()
-        return sizes, rates, list(model.parameters())
+        weights = [getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters()]
+        return sizes, rates, weights
 
-    sizes, rates, weights = train(world, rank)
-    own_sizes, own_rates, own_weights = train(1, 0)
-    assert len(set(sizes)) > 1
-    assert sizes == own_sizes
-    torch.testing.assert_close(torch.tensor(rates), torch.tensor(own_rates), rtol=1e-8, atol=0)
-    torch.testing.assert_close(weights, own_weights, rtol=1e-8, atol=1e-10)
+    own_sizes, own_rates, own_weights = train(lambda model: model, 1, 0)
+    for wrap in (DistributedDataParallel, fully_shard):
+        sizes, rates, weights = train(wrap, world, rank)
+        assert len(set(sizes)) > 1
+        assert sizes == own_sizes
+        torch.testing.assert_close(torch.tensor(rates), torch.tensor(own_rates), rtol=1e-8, atol=0)
+        torch.testing.assert_close(weights, own_weights, rtol=1e-8, atol=1e-10)
 
 
 @case(2)
