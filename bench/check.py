@@ -11,6 +11,7 @@ from peers import Step
 from torch import Tensor
 
 import gradstats
+from gradstats.schedulers import noise_scale
 
 SAMPLES = 3
 TOLERANCE = 1e-5  # of gradstats in float32, on norms
@@ -26,6 +27,28 @@ class Monitored(Step):
     def backward(self) -> None:
         self.problem.loss(self.model).backward()
         self.stats = self.monitor.step()
+
+
+class Scheduled(Monitored):
+    """The same with a batch-size scheduler, which decides but is held at the batch size."""
+
+    world_size, accumulation_steps = 1, 1  # as of a loader of whole batches
+    samples = 0
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.micro_batch_size = self.dataset_size = len(self.problem.inputs)
+        scaling = gradstats.BatchScaling(
+            self.optimizer, batch_size=self.micro_batch_size, rule="noise"
+        )
+        self.scheduler = gradstats.BatchSizeScheduler(
+            noise_scale, self, monitor=self.monitor, scaling=scaling
+        )
+
+    def __call__(self) -> None:
+        super().__call__()
+        self.samples += self.micro_batch_size
+        self.scheduler.step()
 
 
 def worst(found: Tensor, true: Tensor) -> float:

@@ -20,7 +20,7 @@ from typing import Any
 
 import checkout  # noqa: F401
 import torch
-from check import Monitored, check_gradstats, check_peer
+from check import Monitored, Scheduled, check_gradstats, check_peer
 from models import WORKLOADS, Problem
 from peers import PACKAGES, PEERS, Refused, Step, first_line
 from timing import Spread, environment, interleave, ratios, table
@@ -32,6 +32,7 @@ LIMITS = {  # ratio to the plain step on a CPU with 2 threads: norms, norms + mo
     "mlp": (1.05, 1.40), "cnn": (1.20, 1.30), "gpt": (1.05, 1.08), "resnet": (1.25, 1.35),
     "vit": (1.08, 1.15),
 }  # fmt: skip
+SCHEDULED_LIMITS = {"gpt": 1.06}  # with a batch-size scheduler
 ADAPTED = {"gpt": {"batched_positions": True}}  # the same function, in a form that more tools take
 NOTES = {
     "partial": "leaves out layers it does not know: its time is of less work",
@@ -101,6 +102,9 @@ def variants(model: str, problem: Problem, peers: list[str], tiny: bool) -> list
         limit = LIMITS[model][i] if model in LIMITS else None
         step = Monitored(problem, moments=bool(i))
         rows.append(Variant(f"gradstats {kind}", step, error=errors["norms"], limit=limit))
+    limit = SCHEDULED_LIMITS.get(model)
+    step = Scheduled(problem)
+    rows.append(Variant("gradstats norms+scheduler", step, error=errors["norms"], limit=limit))
     rows += [peer(name, kind, model, problem, record, tiny) for kind in KINDS for name in peers]
     return rows
 

@@ -42,6 +42,22 @@ def test_growth(tmp_path: Path) -> None:
         assert min(curve["relative"]) > 0
 
 
+def test_time_to_target(tmp_path: Path) -> None:
+    out = tmp_path / "races.json"
+    args = ["--races", "regression", "--batches", "8", "64", "--target", "1.5", "--seeds", "2"]
+    text = _run(
+        "time_to_target.py", *args, "--tuning-seeds", "1", "--rates", "1", "--json", str(out)
+    )
+    found = json.loads(out.read_text())["races"]["regression"]
+    assert {"fixed 8", "fixed 64", "noise scale", "AdaScale 32"} <= set(found["methods"])
+    for name, row in found["methods"].items():
+        assert 0 < row["steps"]["mean"] < row["samples"]["mean"] < 400_000, name
+        assert name in text
+    fixed = {size: found["methods"][f"fixed {size}"] for size in (8, 64)}
+    assert fixed[64]["steps"]["mean"] < fixed[8]["steps"]["mean"]
+    assert 0.2 < found["measured_over_known"] < 5
+
+
 def test_gpu_dry_run() -> None:
     operations = ("linear", "norm", "embedding", "conv", "tied", "multi")
     text = _run("gpu.py", "--dry-run", "--only", *operations)

@@ -1,0 +1,178 @@
+"""Does it pay? Trainings to a target loss: fixed batches, AdaScale, batches by the noise scale.
+
+    python bench/time_to_target.py [--races regression digits text] [--seeds 5] [--json FILE]
+    python bench/time_to_target.py --races text-large --device cuda
+
+Every fixed batch gets the learning rate that is fastest for it, of those that a grid around the scaling
+rule holds, found with seeds of its own. The others get the base batch and its default rate, no more.
+Shown are samples, steps and seconds (on a CPU: of one thread, and its own) to the target: means over
+seeds with 90% intervals (Student's t). Below, two checks of the theory (McCandlish et al.,
+arXiv:1812.06162): tuned fixed batches against (S/S_min − 1)(E/E_min − 1) = 1, and their critical batch
+E_min/S_min against the noise scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import checkout
+import numpy as np
+import torch
+from race_runs import Method, Outcome, followers, run, step_seconds
+from race_tasks import RACES, Race
+from timing import environment, table
+
+from gradstats.advice import scale_learning_rate
+
+RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times what the rule gives for a batch
+T_90 = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13, 6: 2.02, 7: 1.94, 8: 1.89, 9: 1.86, 10: 1.83}
+COSTS = ("samples", "steps", "seconds")
+
+
+def mean(values: list[float]) -> tuple[float, float]:
+    """Mean and the half-width of its 90% interval; infinite where a run did not arrive."""
+    if not all(math.isfinite(v) for v in values):
+        return math.inf, math.nan
+    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+    return statistics.fmean(values), T_90.get(len(values), 1.7) * spread / math.sqrt(len(values))
+
+
+def tuned(race: Race, size: int, noise: float, seeds: list[int], rates: tuple[float, ...]) -> float:
+    """The rate with which this batch takes the fewest samples, over some seeds."""
+    centre = scale_learning_rate(race.rate, race.base, size, rule=race.rule, noise=noise)  # type: ignore[arg-type]
+    best = (math.inf, centre)
+    for rate in (factor * centre for factor in rates):
+        taken = []
+        for seed in seeds:
+            taken.append(run(race, Method("", size, rate), seed).samples)
+            if not math.isfinite(taken[-1]):
+                break
+        best = min(best, (mean(taken)[0] if len(taken) == len(seeds) else math.inf, rate))
+    return best[1]
+
+
+def theory(costs: dict[int, dict[str, float]]) -> dict[str, float]:
+    """S_min and E_min of S = S_min(1 + B_crit/B), fitted to log S, and how far the points lie off."""
+    points = [(b, c["steps"]) for b, c in costs.items() if math.isfinite(c["steps"])]
+    sizes, steps = (np.array(v, float) for v in zip(*points, strict=True))
+    grid = np.geomspace(sizes[0] / 10, sizes[-1] * 10, 2000)
+    logs = np.log(steps) - np.log1p(grid[:, None] / sizes)
+    errors = logs - logs.mean(1, keepdims=True)
+    best = int((errors**2).sum(1).argmin())
+    least, critical = float(np.exp(logs[best].mean())), float(grid[best])
+    product = (steps / least - 1) * (steps * sizes / (least * critical) - 1)
+    return {"steps_min": least, "samples_min": least * critical, "critical_batch": critical,
+            "product_median": float(np.median(product)),
+            "worst_relative": float(np.abs(np.expm1(errors[best])).max())}  # fmt: skip
+
+
+def measure(race: Race, seeds: int, tuning: int, rates: tuple[float, ...]) -> dict[str, Any]:
+    def say(text: str) -> None:
+        print(f"{race.name}: {text}", file=sys.stderr, flush=True)
+
+    seconds = step_seconds(race)
+    methods = followers(race, seconds)
+    outcomes: dict[str, list[Outcome]] = {}
+    for method in methods:
+        outcomes[method.name] = [run(race, method, seed) for seed in range(seeds)]
+        say(f"{method.name}: {mean([o.samples for o in outcomes[method.name]])[0]:,.0f} samples")
+    seen = [n for o in outcomes["noise scale"] for n in o.noise if math.isfinite(n)]
+    noise = statistics.median(seen) if seen else math.nan
+    fixed = {}
+    for size in race.batches:
+        around = noise if math.isfinite(noise) else float(size)
+        rate = tuned(race, size, around, list(range(100, 100 + tuning)), rates)
+        method = Method(f"fixed {size}", size, rate)
+        fixed[size] = method
+        outcomes[method.name] = [run(race, method, seed) for seed in range(seeds)]
+        say(
+            f"{method.name}, rate {rate:.3g}: {mean([o.samples for o in outcomes[method.name]])[0]:,.0f}"
+        )
+    rows = {}
+    for method in (*fixed.values(), *methods):
+        found = outcomes[method.name]
+        costs = {cost: mean([getattr(o, cost) for o in found]) for cost in COSTS}
+        rows[method.name] = {
+            "rate": method.rate, "first_batch": method.batch_size,
+            "last_batch": statistics.fmean(o.path[-1][1] for o in found),
+            **{cost: {"mean": m, "half_width": h} for cost, (m, h) in costs.items()},
+            "runs": [asdict(o) for o in found],
+        }  # fmt: skip
+    by_size = {size: {c: rows[m.name][c]["mean"] for c in COSTS} for size, m in fixed.items()}
+    known = [(n, k) for o in outcomes["noise scale"] for n, k in zip(o.noise, o.known, strict=True)
+             if math.isfinite(n) and math.isfinite(k)]  # fmt: skip
+    return {
+        "target": race.target, "base": race.base, "step_seconds": seconds, "methods": rows,
+        "noise_scale": noise, "theory": theory(by_size),
+        "measured_over_known": statistics.median(n / k for n, k in known) if known else None,
+    }  # fmt: skip
+
+
+def shown(value: dict[str, float], digits: int) -> str:
+    if not math.isfinite(value["mean"]):
+        return "not reached"
+    return f"{value['mean']:,.{digits}f} ± {value['half_width']:,.{digits}f}"
+
+
+def report(name: str, found: dict[str, Any]) -> str:
+    rows, base = found["methods"], found["methods"][f"fixed {found['base']}"]
+    fixed = {n: r for n, r in rows.items() if n.startswith("fixed")}
+    quickest = min(r["seconds"]["mean"] for r in fixed.values())
+    cells = []
+    for method, row in rows.items():
+        by_time = row["seconds"]["mean"] / quickest
+        by_steps = row["steps"]["mean"] / base["steps"]["mean"]
+        cells.append([
+            name, method, f"{row['rate']:.3g}", f"{row['first_batch']} → {row['last_batch']:.0f}",
+            shown(row["samples"], 0), shown(row["steps"], 0), shown(row["seconds"], 2),
+            f"{by_time:.2f}", f"{by_steps:.2f}",
+        ])  # fmt: skip
+    head = ["race", "method", "rate", "batch", "samples", "steps", "seconds", "time / best fixed",
+            f"steps / fixed {found['base']}"]  # fmt: skip
+    fit = found["theory"]
+    lines = [
+        table(head, cells),
+        f"{name}: S_min {fit['steps_min']:,.0f} steps, E_min {fit['samples_min']:,.0f} samples, critical "
+        f"batch {fit['critical_batch']:,.0f} against a noise scale of {found['noise_scale']:,.0f} (median "
+        f"of the run that follows it); (S/S_min − 1)(E/E_min − 1): median {fit['product_median']:.2f}; "
+        f"farthest point {fit['worst_relative']:.0%} off",
+    ]
+    if found["measured_over_known"] is not None:
+        lines.append(f"{name}: measured noise scale over the known one, median "
+                     f"{found['measured_over_known']:.2f}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--races", nargs="+", default=list(RACES)[:3], choices=list(RACES))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tuning-seeds", type=int, default=2)
+    parser.add_argument("--batches", type=int, nargs="*", help="instead of each race's own")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--target", type=float, help="instead of each race's own")
+    parser.add_argument("--json", type=Path, default=checkout.RESULTS / "time_to_target_cpu.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    for name in args.races:
+        changed = {"batches": args.batches and tuple(args.batches), "target": args.target}
+        given = {k: v for k, v in changed.items() if v is not None}
+        race = RACES[name]().changed(device=args.device, **given)
+        results[name] = measure(race, args.seeds, args.tuning_seeds, tuple(args.rates))
+        print(report(name, results[name]), flush=True)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    found = {"environment": environment("gradstats"), "seeds": args.seeds, "races": results}
+    args.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
