@@ -19,8 +19,10 @@ from gradstats.errors import (
 
 if TYPE_CHECKING:
     from gradstats import backends, optim, schedulers
-    from gradstats.advice import BatchSizeAdvice, recommend
+    from gradstats.advice import recommend
+    from gradstats.batch_advice import BatchSizeAdvice
     from gradstats.checking import check
+    from gradstats.comparison import Comparison, compare
     from gradstats.estimators import NoiseScale
     from gradstats.grouped_loader import GroupedLoader
     from gradstats.loader import StepLoader
@@ -40,9 +42,11 @@ _LAZY = {
     "Monitor": "monitor",
     "GradStats": "stats",
     "NoiseScale": "estimators",
-    "BatchSizeAdvice": "advice",
+    "BatchSizeAdvice": "batch_advice",
     "recommend": "advice",
     "check": "checking",
+    "Comparison": "comparison",
+    "compare": "comparison",
     "CheckReport": "report",
     "rule": "rules",
     "BatchScaling": "scaling",
@@ -62,6 +66,7 @@ __all__ = [
     "BatchSizeScheduler",
     "CaptureError",
     "CheckReport",
+    "Comparison",
     "GradStats",
     "GradStatsError",
     "GroupedLoader",
@@ -76,6 +81,7 @@ __all__ = [
     "attach",
     "backends",
     "check",
+    "compare",
     "measure_step",
     "optim",
     "recommend",

@@ -7,79 +7,23 @@ al., arXiv:1812.06162, section 2.3). At ``t(B)`` seconds per step it takes ``∝
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import asdict
+from typing import Literal, get_args
 
-import numpy as np
-
-from gradstats.estimators import NoiseScale, readable, require, steps_ratio
+from gradstats.batch_advice import BatchSizeAdvice, CurvePoint
+from gradstats.estimators import NoiseScale, require, steps_ratio, whole
+from gradstats.layouts import LARGEST, Clock, Layout, StepSeconds, offered, split, step_clock
+from gradstats.step_time import StepTime
 
 __all__ = ["BatchSizeAdvice", "CurvePoint", "recommend", "scale_learning_rate"]
 
 FLAT = 1.05  # times to a target this close count as equal: step times are not known better
-LARGEST = 2**62
 
 Rule = Literal["linear", "sqrt", "noise"]
+Goal = Literal["time", "cost"]
 ADAPTIVE = ("adam", "adamw", "adamax", "nadam", "radam", "sparseadam", "rmsprop", "lamb")
 RULES: dict[str, Rule] = {"sgd": "noise", **dict.fromkeys(ADAPTIVE, "sqrt")}
-
-
-class _StepTime(NamedTuple):
-    fixed: float  # seconds
-    slope: float  # seconds per sample
-    timed: tuple[int, ...]  # the batch sizes behind the fit, ascending
-
-    def __call__(self, size: int) -> float:
-        return self.fixed + self.slope * size
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """Expected cost of a target at one batch size, as ratios to the present batch size."""
-
-    batch_size: int
-    steps: float
-    samples: float
-    seconds: float | None
-
-
-@dataclass(frozen=True)
-class BatchSizeAdvice(CurvePoint):
-    """The point of the curve to go to, how to get there and why; sizes are global batch sizes.
-
-    ``batch_size = micro_batch_size × accumulation_steps × world_size``. ``low`` and ``high`` are
-    the sizes that the ends of the noise scale's interval would give, within the same limits
-    (``high`` is ``None`` where there is no upper end). ``curve`` is empty where the noise scale is
-    too uncertain; ``learning_rate`` and ``seconds`` are ``None`` where not known.
-    """
-
-    low: int
-    high: int | None
-    micro_batch_size: int
-    accumulation_steps: int
-    world_size: int
-    learning_rate: float | None
-    reason: str
-    curve: tuple[CurvePoint, ...]
-    present_batch_size: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them, each point of the curve a dictionary."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        now, end = self.present_batch_size, "up" if self.high is None else f"to {self.high:,}"
-        verb = "keep batch size" if self.batch_size == now else f"change batch size {now:,} to"
-        rate = "" if self.learning_rate is None else f"; learning rate {self.learning_rate:.4g}"
-        time = "" if self.seconds is None else f", {readable(self.seconds)} × the time"
-        return (
-            f"{verb} {self.batch_size:,} (the interval gives {self.low:,} {end}) as micro_batch_size "
-            f"{self.micro_batch_size:,} × accumulation_steps {self.accumulation_steps:,} × "
-            f"world_size {self.world_size:,}{rate}; expected against now: {readable(self.steps)} × "
-            f"the steps, {readable(self.samples)} × the samples{time}. Why: {self.reason}."
-        )
 
 
 def scale_learning_rate(
@@ -95,12 +39,12 @@ def scale_learning_rate(
     """
     valid = 0 <= learning_rate < math.inf
     require(valid, "learning_rate", learning_rate, "pass a finite number of at least 0")
-    start, end = _whole("from_batch", from_batch), _whole("to_batch", to_batch)
+    start, end = whole("from_batch", from_batch), whole("to_batch", to_batch)
     require(rule in get_args(Rule), "rule", rule, f"pass one of {get_args(Rule)}")
     if rule == "noise":
         known = math.nan if noise is None else noise
         require(known >= 0, "noise", noise, "pass the noise scale, at least 0")
-        return learning_rate / _point(end, start, known, None).steps
+        return learning_rate / _steps(end, start, known)
     return learning_rate * math.pow(end / start, 1.0 if rule == "linear" else 0.5)
 
 
@@ -110,10 +54,14 @@ def recommend(
     batch_size: int,
     learning_rate: float | None = None,
     optimizer: str | None = None,
-    step_seconds: Mapping[int, float] | None = None,
+    step_seconds: StepSeconds | None = None,
     max_micro_batch_size: int | None = None,
     max_batch_size: int | None = None,
     world_size: int = 1,
+    world_sizes: Mapping[int, float] | None = None,
+    goal: Goal = "time",
+    steps_left: int | None = None,
+    device_hour_price: float | None = None,
 ) -> BatchSizeAdvice:
     """Advise on the global batch size. Bad arguments raise ``InvalidArgumentError``.
 
@@ -123,98 +71,127 @@ def recommend(
         learning_rate: the present one, which the advice scales by the rule for the optimizer.
         optimizer: its class name. SGD takes rule ``"noise"`` of ``scale_learning_rate``, the Adam
             family and RMSProp ``"sqrt"``; for others no learning rate is given.
-        step_seconds: measured seconds per optimizer step by global batch size, at least two sizes.
+        step_seconds: what ``gradstats.measure_step`` found, in samples of the noise scale's kind; or
+            seconds per optimizer step by global batch size, at least two sizes.
             With it the advice takes the least time to a target, within 5% the fewest samples, and
-            no size outside the timed ones. Without it the advice is the noise scale itself.
+            no size (of micro-batches, or batches) outside the timed ones. Without it the advice is the
+            noise scale itself.
         max_micro_batch_size: most samples that fit one rank's memory at once.
         max_batch_size: largest global batch size allowed.
-        world_size: data-parallel ranks; every size is a multiple of it.
+        world_size: data-parallel ranks at present; a batch size is a multiple of its ranks.
+        world_sizes: numbers of ranks to choose from, the present one among them, each with the seconds
+            per step that collectives take (``gradstats.collective_cost`` has formulas). Needs what
+            ``measure_step`` found. Default: the present one.
+        goal: "time" for the soonest, within 5% with the fewest ranks; "cost" for the least device time,
+            within 5% the soonest. They differ where there are several world sizes.
+        steps_left: steps that the target would still take at the present batch size; hours and prices
+            are then given too.
+        device_hour_price: of one rank's device, in any currency.
     """
-    now, world = _whole("batch_size", batch_size), _whole("world_size", world_size)
+    now, world = whole("batch_size", batch_size), whole("world_size", world_size)
     require(now % world == 0, "batch_size", now, f"pass a multiple of world_size={world}")
-    most = _whole("max_batch_size", max_batch_size, LARGEST)
+    most = whole("max_batch_size", max_batch_size, LARGEST)
     require(most >= now, "max_batch_size", most, f"it must not be below batch_size={now}")
-    room = _whole("max_micro_batch_size", max_micro_batch_size, LARGEST)
+    room = whole("max_micro_batch_size", max_micro_batch_size, LARGEST)
+    require(goal in get_args(Goal), "goal", goal, f"pass one of {get_args(Goal)}")
     if learning_rate is not None:
         scale_learning_rate(learning_rate, now, now, rule="linear")  # refuses what is out of range
-    timing = None if step_seconds is None else _fit_step_time(step_seconds)
-    sizes = _sizes(world, most, now, timing)
-    low, high = (_best(end, sizes, timing) for end in (noise.low, noise.high))
-    best, curve, reasons = now, [], [str(noise)]
+    if steps_left is not None:
+        whole("steps_left", steps_left)
+    known = device_hour_price is None or (0 <= device_hour_price < math.inf and bool(steps_left))
+    require(known, "device_hour_price", device_hour_price, "pass one of at least 0, and steps_left")
+    worlds = {world: 0.0} if world_sizes is None else _worlds(world_sizes, world, step_seconds)
+    if isinstance(step_seconds, StepTime):
+        room = min(room, step_seconds.max_micro_batch_size)
+    clock, takes = (None, "") if step_seconds is None else step_clock(step_seconds, worlds, world)
+    start = split(now, world, room)
+    layouts = offered(worlds, most, start, room, step_seconds)
+
+    def point(layout: Layout) -> CurvePoint:
+        size = layout.batch_size
+        steps = _steps(size, now, noise.value)
+        seconds = cost = hours = price = None
+        if clock is not None:
+            seconds = steps * clock(layout) / clock(start)
+            cost = seconds * layout.world_size / world
+            if steps_left is not None:
+                hours = seconds * steps_left * clock(start) / 3600
+                if device_hour_price is not None:
+                    price = hours * layout.world_size * device_hour_price
+        return CurvePoint(size, *layout, steps, steps * size / now, seconds, cost, hours, price)
+
+    best, curve, reasons = start, [], [str(noise)]
+    ends = [_best(end, layouts, clock, goal) for end in (noise.low, noise.high)]
     if noise.actionable:
-        best = _best(noise.value, sizes, timing)
-        low, high = min(low, best), max(high, best)
+        best = _best(noise.value, layouts, clock, goal)
+        ends.append(best)
+    low, high = (f(lay.batch_size for lay in ends) for f in (min, max))
+    if noise.actionable:
         first, last = min(low, now) / 4, max(high, now) * 4
-        curve = [_point(b, now, noise.value, timing) for b in sizes if first <= b <= last]
-        reasons += _why(noise.value, best, sizes, timing)
+        curve = [point(lay) for lay in layouts if first <= lay.batch_size <= last]
+        reasons += _why(noise.value, best, layouts, clock, takes, goal)
+        if isinstance(step_seconds, StepTime) and best.micro_batch_size == room < best.batch_size:
+            reasons.append(f"micro-batches are of {room:,}, the largest that was timed or allowed")
     elif not low <= now <= high:
         end, side = ("low", "larger") if low > now else ("high", "smaller")
         reasons.append(f"yet even its {end} end calls for a {side} batch")
-    rate, notes = _rate(learning_rate, optimizer, now, best, noise.value)
-    per_rank = best // world
-    micro = next(m for m in range(min(room, per_rank), 0, -1) if per_rank % m == 0)
+    rate, notes = _rate(learning_rate, optimizer, now, best.batch_size, noise.value)
     return BatchSizeAdvice(
-        **asdict(_point(best, now, noise.value, timing)),
+        **asdict(point(best)),
         low=low,
         high=high if math.isfinite(noise.high) else None,
-        micro_batch_size=micro,
-        accumulation_steps=per_rank // micro,
-        world_size=world,
         learning_rate=rate,
         reason="; ".join(reasons + notes),
         curve=tuple(curve),
-        present_batch_size=now,
+        present=point(start),
+        steps_left=steps_left,
     )
 
 
-def _fit_step_time(step_seconds: Mapping[int, float]) -> _StepTime:
-    """Least squares of relative errors, both terms at least zero."""
-    from scipy.optimize import nnls
-
-    sizes = tuple(sorted(_whole("step_seconds", b) for b in step_seconds))
-    seconds = np.array([step_seconds[b] for b in sizes], np.float64)
-    valid = len(sizes) > 1 and bool(np.all(np.isfinite(seconds) & (seconds > 0)))
-    require(valid, "step_seconds", step_seconds, "pass seconds above 0 for two or more batch sizes")
-    # In units of the largest size, for columns of like scale.
-    columns = np.stack([1 / seconds, np.array(sizes) / sizes[-1] / seconds], axis=1)
-    fixed, slope = (float(c) for c in nnls(columns, np.ones(len(sizes)))[0])
-    return _StepTime(fixed, slope / sizes[-1], sizes)
+def _worlds(given: Mapping[int, float], now: int, timed: object) -> Mapping[int, float]:
+    remedy = f"pass step_seconds= what measure_step found, and the present {now} among them"
+    require(isinstance(timed, StepTime) and now in given, "world_sizes", given, remedy)
+    valid = all(whole("world_sizes", w) and 0 <= s < math.inf for w, s in given.items())
+    require(valid, "world_sizes", given, "pass seconds of at least 0")
+    return given
 
 
-def _sizes(world: int, most: int, now: int, timing: _StepTime | None) -> list[int]:
-    """Multiples of ``world`` up to ``most``, ascending: round ones, the present one, those timed.
-
-    Round per rank is a power of two, and from 24 on 1.5 times one, which keeps it a multiple of 8
-    for the matrix units. Beyond the sizes timed the fit is not to be trusted: none is offered.
-    """
-    powers = [2**k for k in range(LARGEST.bit_length())]
-    sizes = {world * n for n in powers + [3 * n for n in powers if n >= 8]}
-    if timing:
-        sizes = {b for b in sizes if timing.timed[0] <= b <= timing.timed[-1]}
-        sizes.update(timing.timed)
-    return sorted(b for b in sizes | {now} if b <= most and b % world == 0)
-
-
-def _best(noise: float, sizes: list[int], timing: _StepTime | None) -> int:
-    """The size nearest to the noise scale, or the smallest that reaches a target soonest."""
+def _best(noise: float, layouts: list[Layout], clock: Clock | None, goal: Goal) -> Layout:
+    """The layout nearest to the noise scale, or the first that reaches a target soonest or cheapest."""
     noise = min(noise, float(LARGEST))
-    if timing is None:
-        return min(sizes, key=lambda b: abs(math.log(b / noise))) if noise > 0 else sizes[0]
-    times = [steps_ratio(b, noise) * timing(b) for b in sizes]
-    return next(b for b, t in zip(sizes, times, strict=True) if t <= FLAT * min(times))
+    if clock is None:
+        size = {lay: lay.batch_size for lay in layouts}
+        return min(
+            layouts, key=lambda lay: abs(math.log(size[lay] / noise)) if noise else size[lay]
+        )
+    times = {lay: steps_ratio(lay.batch_size, noise) * clock(lay) for lay in layouts}
+    if goal == "cost":
+        costs = {lay: t * lay.world_size for lay, t in times.items()}
+        times = {lay: t for lay, t in times.items() if costs[lay] <= FLAT * min(costs.values())}
+    return next(lay for lay, t in times.items() if t <= FLAT * min(times.values()))
 
 
-def _why(noise: float, best: int, sizes: list[int], timing: _StepTime | None) -> list[str]:
-    wanted, reasons = noise, ["at that size a target takes twice the fewest steps and samples"]
-    if timing:
-        wanted = math.sqrt(noise * timing.fixed / timing.slope) if timing.slope else math.inf
-        fastest = min(sizes, key=lambda b: steps_ratio(b, noise) * timing(b))
-        cost = f"a step takes {timing.fixed:.3g} s plus {timing.slope:.3g} s per sample"
-        reasons = [f"{cost}, so a target is reached soonest at {fastest:,}"]
-        if best < fastest:
-            reasons.append(f"{best:,} takes at most 5% longer and fewer samples")
-    if not sizes[0] <= wanted <= sizes[-1]:
-        side = "larger" if wanted > sizes[-1] else "smaller"
+def _why(
+    noise: float, best: Layout, layouts: list[Layout], clock: Clock | None, takes: str, goal: Goal
+) -> list[str]:
+    same = [lay for lay in layouts if lay.world_size == best.world_size]
+    sizes, size, world = [lay.batch_size for lay in same], best.batch_size, best.world_size
+    if clock is None:
+        reasons = ["at that size a target takes twice the fewest steps and samples"]
+        smaller, larger = noise < sizes[0], noise > sizes[-1]
+    else:
+        soonest = min(same, key=lambda lay: steps_ratio(lay.batch_size, noise) * clock(lay))
+        fastest = soonest.batch_size
+        reasons = [f"{takes}, so a target is reached soonest at {fastest:,}"]
+        if size < fastest:
+            reasons.append(f"{size:,} takes at most 5% longer and fewer samples")
+        smaller, larger = fastest == sizes[0] > world, fastest == sizes[-1]
+        worlds = sorted({lay.world_size for lay in layouts})
+        if len(worlds) > 1:
+            aim = "soonest" if goal == "time" else "with the least device time"
+            reasons.append(f"of {worlds} ranks, {world} reach it {aim}, within 5%")
+    if smaller or larger:
+        side = "larger" if larger else "smaller"
         reasons.append(f"a {side} size may do better, but was not allowed or not timed")
     return reasons
 
@@ -235,15 +212,6 @@ def _rate(
     return scaled, [f'learning rate by rule "{rule}" of scale_learning_rate; {note}']
 
 
-def _point(size: int, now: int, noise: float, timing: _StepTime | None) -> CurvePoint:
-    # (1 + noise/size) / (1 + noise/now), also for an infinite noise scale.
-    steps = now / size * ((size + noise) / (now + noise) if math.isfinite(noise) else 1.0)
-    seconds = None if timing is None else steps * timing(size) / timing(now)
-    return CurvePoint(size, steps, steps * size / now, seconds)
-
-
-def _whole(name: str, seen: Any, default: int = 0) -> int:
-    number = default if seen is None else seen
-    whole = isinstance(number, numbers.Integral) and int(number) >= 1
-    require(whole, name, seen, "pass a whole number of at least 1")
-    return int(number)
+def _steps(size: int, now: int, noise: float) -> float:
+    """Steps to a target at one size over those at another, also for an infinite noise scale."""
+    return now / size * ((size + noise) / (now + noise) if math.isfinite(noise) else 1.0)

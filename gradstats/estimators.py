@@ -8,6 +8,7 @@ last: a mean of per-step ratios, or clamping a negative ``|G|²`` before smoothi
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -247,3 +248,11 @@ def require(holds: bool, name: str, seen: object, remedy: str) -> None:
     """Raise ``InvalidArgumentError`` that names the argument, unless the condition holds."""
     if not holds:
         raise InvalidArgumentError(f"{name}={seen!r} cannot be used; {remedy}")
+
+
+def whole(name: str, seen: object, default: int = 0) -> int:
+    """``seen`` (``default`` for ``None``), which must be a whole number of at least 1, as an int."""
+    number = default if seen is None else seen
+    valid = isinstance(number, numbers.Integral) and int(number) >= 1
+    require(valid, name, seen, "pass a whole number of at least 1")
+    return int(number)  # type: ignore[call-overload, no-any-return]

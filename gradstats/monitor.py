@@ -15,6 +15,7 @@ from gradstats.calls import require_no_capture
 from gradstats.comm_hooks import require_means
 from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
 from gradstats.install import install, uninstall
+from gradstats.layouts import StepSeconds
 from gradstats.loss_scale import LossScale
 from gradstats.moments import SecondMoments
 from gradstats.order import Order
@@ -315,16 +316,17 @@ class Monitor:
     def recommend(
         self,
         *,
-        step_seconds: Mapping[int, float] | None = None,
+        step_seconds: StepSeconds | None = None,
         max_micro_batch_size: int | None = None,
         max_batch_size: int | None = None,
         batch_size: int | None = None,
         learning_rate: float | None = None,
+        **options: Any,
     ) -> advice.BatchSizeAdvice:
         """The batch size that the measured noise scale calls for; see `gradstats.recommend`.
 
         `batch_size` is the present one (default: samples in the last step), `learning_rate` the
-        present rate (default: the optimizer's, where `attach` was given one).
+        present rate (default: the optimizer's, where `attach` was given one); `options` are its others.
 
         Raises:
             NoStatisticsError: nothing was measured yet.
@@ -351,6 +353,7 @@ class Monitor:
             max_micro_batch_size=max_micro_batch_size,
             max_batch_size=max_batch_size,
             world_size=ranks,
+            **options,
         )
 
     def _read(self) -> tuple[list[int], list[float], list[float]]:

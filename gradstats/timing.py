@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradstats.estimators import require
+from gradstats.estimators import require, whole
 from gradstats.kept import kept
 from gradstats.step_time import StepTime, fit_step_time, peak_at
 
@@ -72,11 +72,11 @@ def measure_step(
     Raises InvalidArgumentError for sizes that are too few or out of range, or do not fit the memory. An
     error of `step`, running out of memory included, is passed on.
     """
-    sizes = sorted({_whole("micro_batch_sizes", m) for m in micro_batch_sizes})
-    counts = sorted({_whole("accumulation_steps", k) for k in accumulation_steps})
+    sizes = sorted({whole("micro_batch_sizes", m) for m in micro_batch_sizes})
+    counts = sorted({whole("accumulation_steps", k) for k in accumulation_steps})
     require(len(sizes) > 1, "micro_batch_sizes", micro_batch_sizes, "pass two or more sizes")
     require(len(counts) > 0, "accumulation_steps", accumulation_steps, "pass one number or more")
-    _whole("rounds", rounds)
+    whole("rounds", rounds)
     require(warmup >= 0, "warmup", warmup, "pass a number of steps of at least 0")
     require(
         memory_bytes is None or memory_bytes > 0,
@@ -222,9 +222,3 @@ def _device(things: Sequence[Any]) -> torch.device:
             return params[0].device
     require(False, "restore", things, "pass the model and the optimizer that the step changes")
     raise AssertionError
-
-
-def _whole(name: str, seen: Any) -> int:
-    whole = isinstance(seen, int) and seen >= 1
-    require(whole, name, seen, "pass whole numbers of at least 1")
-    return int(seen)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gradstats.advice import BatchSizeAdvice, recommend, scale_learning_rate
+from gradstats.advice import recommend, scale_learning_rate
+from gradstats.batch_advice import BatchSizeAdvice
 from gradstats.errors import InvalidArgumentError
 from gradstats.estimators import NoiseScale, samples_ratio, steps_ratio
 
@@ -322,7 +323,8 @@ def test_to_dict_is_json():
     back = json.loads(json.dumps(advice.to_dict()))
     assert (back["batch_size"], back["high"], back["curve"]) == (64, None, [])
     curve = recommend(measured(), batch_size=64).to_dict()["curve"]
-    assert curve[0].keys() == {"batch_size", "steps", "samples", "seconds"}
+    layout = {"batch_size", "micro_batch_size", "accumulation_steps", "world_size"}
+    assert curve[0].keys() == layout | {"steps", "samples", "seconds", "cost", "hours", "price"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The examples of docs/training.md, as they stand there."""
+"""The examples of docs/, as they stand there."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from torch.utils.data import TensorDataset
 import gradstats
 from gradstats.schedulers import instead_of_decay, noise_scale
 
-PAGE = Path(__file__).parent.parent / "docs" / "training.md"
-LOOP, DECAY, ADASCALE, CHECKPOINT = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def examples(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+
+
+LOOP, DECAY, ADASCALE, CHECKPOINT = examples("training.md")
+TIMED, RECOMMENDED, COMPARED = examples("choosing.md")
 
 
 @pytest.fixture
@@ -78,3 +85,18 @@ def test_adascale_takes_its_gain_from_the_monitor(names):
     assert error(names) < before
     assert 1 < names["optimizer"].gain <= 2
     assert names["schedule"].last_epoch == int(names["optimizer"].scale_invariant_steps)
+
+
+def test_the_step_is_timed_and_the_advice_rests_on_it(names, capsys):
+    exec(LOOP, names)
+    names["x"], names["y"] = names["dataset"].tensors
+    before = error(names)
+    exec(TIMED, names)
+    assert error(names) == before
+    exec(RECOMMENDED, names)
+    assert len(names["advice"].curve) > 1
+    assert all(point.price > 0 for point in names["advice"].curve)
+    exec(COMPARED, names)
+    out = capsys.readouterr().out
+    assert out.startswith("a step takes ")
+    assert "1,000 steps of 64 (64,000 samples) get " in out
