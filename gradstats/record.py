@@ -61,8 +61,8 @@ def group(deliveries: Sequence[Delivery], reasons: Mapping[str, str]) -> list[Gr
     if not deliveries and reasons:
         name, why = next(iter(reasons.items()))
         raise NoStatisticsError(
-            f"step() found nothing measured: of {len(reasons)} parameters it is known why, of the first "
-            f"that {name!r}: {why}."
+            "step() found nothing that was measured since the last step(). Of the parameters, "
+            f"{len(reasons)} cannot be, as {name!r}: {why}. Otherwise, call it after loss.backward()."
         )
     if not deliveries:
         raise NoStatisticsError(
