@@ -100,6 +100,9 @@ class TokenInterposer(Interposer):
 
     def _fall_back_or_note(self, name: str, reason: str, earlier: tuple[UseOf, ...]) -> None:
         """Samples can run alone, positions cannot: there is no fallback."""
+        if torch.compiler.is_compiling() and earlier and name not in self.shared:
+            self._found_shared(name)
+            return
         self.uncovered.setdefault(name, f'{reason} (sample="token")')
 
     def is_batched(self, tensor: Tensor) -> bool:

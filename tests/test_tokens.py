@@ -192,12 +192,26 @@ def test_every_position_is_a_sample(name: str) -> None:
     assert not monitor.fallbacks()
 
 
-def test_a_tied_head_has_its_cross_term() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_tied_head_has_its_cross_term(compiled: bool) -> None:
+    torch._dynamo.reset()
     model = Tied()
     true = per_token_gradients(model, IDS)
     monitor = gradstats.attach(model, sample="token")
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    for _ in range(2):
+        model.zero_grad()
+        _loss(run, IDS).backward()
+        assert_matches(monitor.step(), true, 1e-5)
+
+
+def test_a_tied_head_with_moments_is_not_covered() -> None:
+    model = Tied()
+    monitor = gradstats.attach(model, sample="token", moments=True)
     _loss(model, IDS).backward()
-    assert_matches(monitor.step(), true, 1e-5)
+    missing = monitor.step().coverage.missing
+    assert list(missing) == ["tokens.weight"]
+    assert "used more than once" in missing["tokens.weight"]
 
 
 @pytest.mark.parametrize("flatten", ["samples first", "positions first"])
