@@ -18,6 +18,7 @@ import rank_cases_ddp  # noqa: F401  (imported for the cases that they register)
 import rank_cases_faults  # noqa: F401
 import rank_cases_fsdp  # noqa: F401
 import rank_cases_schedulers  # noqa: F401
+import rank_cases_uneven  # noqa: F401
 import torch
 import torch.distributed as dist
 from rank_tools import CASES
