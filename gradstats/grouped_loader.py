@@ -54,6 +54,7 @@ class GroupedLoader:
 
     @property
     def accumulation_steps(self) -> int:
+        """Batches of a step on each rank, from the next step on."""
         return self._accumulation
 
     @accumulation_steps.setter

@@ -138,6 +138,7 @@ class StepLoader:
 
     @property
     def micro_batch_size(self) -> int:
+        """Samples that go through a rank's model at once, from the next step on."""
         return self._next_micro
 
     @micro_batch_size.setter
@@ -146,6 +147,7 @@ class StepLoader:
 
     @property
     def accumulation_steps(self) -> int:
+        """Micro-batches of a step on each rank, from the next step on."""
         return self._accumulation
 
     @accumulation_steps.setter

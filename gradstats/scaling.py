@@ -115,6 +115,7 @@ class BatchScaling:
     # ---- state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
+        """The factor and how far its warm-up is, as plain numbers."""
         return {
             "version": 1,
             "base_batch_size": self.base_batch_size,

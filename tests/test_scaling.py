@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler as lrs
 from gradstats import BatchScaling, InvalidArgumentError
 from gradstats.advice import scale_learning_rate
 from gradstats.rates import half_life, noise_learning_rate, scale_decay, warm_up
+from gradstats.schedulers import batch_for_momentum
 
 # --- the rules: pure numbers ----------------------------------------------------------------------
 
@@ -50,6 +51,41 @@ def test_a_decay_keeps_its_half_life(decay, start, end):
     assert 0 <= scaled <= 1
     if 1e-12 < scaled < 1 - 1e-9:
         assert half_life(scaled, end) == pytest.approx(half_life(decay, start), rel=1e-5)
+
+
+def stationary_variance(rate, momentum, batch, curvature=1.0):
+    """Of SGD with momentum on a parabola whose gradient has noise of variance 1/batch: an AR(2) process."""
+    first, second = 1 + momentum - rate * curvature, -momentum
+    noise = rate**2 / batch
+    return noise * (1 - second) / ((1 + second) * ((1 - second) ** 2 - first**2))
+
+
+def decay_per_sample(rate, momentum, batch, curvature=1.0):
+    """Logarithm of what a sample leaves of the distance to the minimum: of the slower root."""
+    first = 1 + momentum - rate * curvature
+    return math.log((first + math.sqrt(first**2 - 4 * momentum)) / 2) / batch
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("times", [2, 4])
+def test_scaled_hyperparameters_leave_noise_and_speed_as_they_were(momentum, times):
+    """The linear rule with momentum's half-life: same drift per sample, same scatter, on a parabola."""
+    scaled = optimizer(momentum=momentum)
+    scaled.param_groups[0]["lr"] = 1e-4
+    scaling = BatchScaling(scaled, batch_size=16, rule="linear", half_life=("momentum",))
+    scaling.update(16 * times)
+    scaled.step()
+    rate, new = scaled.seen[0][0]
+    found, expected = (rate, new, 16 * times), (1e-4, momentum, 16)
+    assert decay_per_sample(*found) == pytest.approx(decay_per_sample(*expected), rel=0.01)
+    assert stationary_variance(*found) == pytest.approx(stationary_variance(*expected), rel=0.01)
+
+
+def test_a_larger_batch_makes_up_for_more_momentum():
+    batch = batch_for_momentum(64, 0.9, 0.98)
+    found, expected = (1e-6, 0.98, batch), (1e-6, 0.9, 64)
+    assert stationary_variance(*found) == pytest.approx(stationary_variance(*expected), rel=0.01)
+    assert decay_per_sample(*found) == pytest.approx(decay_per_sample(*expected), rel=0.01)
 
 
 @pytest.mark.parametrize(
