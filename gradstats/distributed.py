@@ -145,7 +145,7 @@ class Ranks:
         sums = local.sq_norm.sum(1, dtype=torch.float64)
         torch.cat((sums, local.grad_sq_norm.double(), ok.double()), out=part[2:])
         every = part.new_empty(self.size * len(part))
-        _all_gather(every, part, group=self._group)
+        all_gather(every, part, group=self._group)
         every = every.view(self.size, -1)
         total = every.sum(0)
         grads = every[:, 2 + rows : 2 + 2 * rows]
@@ -249,6 +249,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def owner_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Where a parameter sits, whatever object is there: the dict and its key."""
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path)._parameters, key  # type: ignore[return-value]
+
+
 def initialised() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -304,18 +310,23 @@ def join_ranks(
         return None
     params = {n: p for n, p in model.named_parameters() if n in interposer.index}
     described = repr([(n, tuple(p.shape), p.requires_grad) for n, p in params.items()]) + settings
-    own = torch.tensor([zlib.crc32(described.encode())], device=interposer.device)
+    require_alike(described, size, group, interposer.device)
+    ranks = Ranks(model, interposer, group, size, sums)
+    ranks.watch(params)
+    return ranks
+
+
+def require_alike(described: str, size: int, group: Any, device: torch.device) -> None:
+    """Collective. Raises AttachError on every rank where they do not describe the same."""
+    own = torch.tensor([zlib.crc32(described.encode())], device=device)
     every = own.new_empty(size)
-    _all_gather(every, own, group=group)
+    all_gather(every, own, group=group)
     if len(set(every.tolist())) > 1:
         raise AttachError(
             f"the {size} processes attached to different models or with different arguments, so their "
             "statistics cannot be joined. Attach to the same module everywhere, or give "
             "process_group= the processes that share it."
         )
-    ranks = Ranks(model, interposer, group, size, sums)
-    ranks.watch(params)
-    return ranks
 
 
 def require_joined(ranks: Ranks | None, group: Any, params: Sequence[Tensor]) -> None:
@@ -334,7 +345,7 @@ def require_joined(ranks: Ranks | None, group: Any, params: Sequence[Tensor]) ->
         )
 
 
-def _all_gather(every: Tensor, own: Tensor, group: Any) -> None:
+def all_gather(every: Tensor, own: Tensor, group: Any) -> None:
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     getattr(dist, name)(every, own, group=group)
 

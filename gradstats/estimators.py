@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gradstats.errors import InvalidArgumentError
+from gradstats.words import readable, sentence
 
 __all__ = ["NoiseScale", "noise_scale", "readable", "samples_ratio", "steps_ratio"]
 
@@ -34,7 +35,9 @@ class NoiseScale:
     where the data set no upper end. ``value`` is ``inf`` where the smoothed ``|G|²`` is not above
     zero, ``nan`` where nothing usable was measured. ``num_samples`` counts the samples of the
     ``num_steps`` used steps; ``num_skipped`` steps were left out (not finite, or fewer than two
-    samples). ``coverage`` is the fraction of the trainable parameters that was measured.
+    samples). ``coverage`` is the fraction of the trainable parameters that was measured. ``method`` is
+    that of ``attach``; ``calibration`` the factor that a proxy's noise scale was multiplied by, ``None``
+    where it was not. ``tokens_per_sample``: tokens that a sample holds on average, where known.
     """
 
     value: float
@@ -47,38 +50,38 @@ class NoiseScale:
     tr_sigma: float
     true_grad_sq_norm: float
     coverage: float = 1.0
+    method: str = "per_sample"
+    calibration: float | None = None
+    tokens_per_sample: float | None = None
 
     @property
     def actionable(self) -> bool:
-        """Whether the value is finite and its interval narrow enough to choose a batch size by."""
-        return math.isfinite(self.value) and self.high <= WIDEST_USEFUL * self.low
+        """Whether a batch size can be chosen by it.
 
-    def to_dict(self) -> dict[str, float | int | None]:
+        The value is finite, its interval narrow enough, and it is not a proxy without calibration.
+        """
+        known = math.isfinite(self.value) and self.high <= WIDEST_USEFUL * self.low
+        return known and not self.uncalibrated
+
+    @property
+    def uncalibrated(self) -> bool:
+        """Whether it is of a part of the model, and not known how to bring it to the whole."""
+        return self.method == "norm_layers" and self.calibration is None
+
+    @property
+    def tokens(self) -> float | None:
+        """The value in tokens, where it is known how many a sample holds."""
+        return None if self.tokens_per_sample is None else self.value * self.tokens_per_sample
+
+    def to_dict(self) -> dict[str, float | int | str | None]:
         """The fields as JSON can hold them: what is not finite becomes ``None``."""
-        return {k: v if math.isfinite(v) else None for k, v in asdict(self).items()}
+        return {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in asdict(self).items()
+        }
 
     def __str__(self) -> str:
-        basis = f"from {self.num_samples:,} samples in {_count(self.num_steps, 'step')}"
-        end = "up, no upper end" if math.isinf(self.high) else f"to {readable(self.high)}"
-        range_ = f"({100 * self.confidence:.3g}% interval {readable(self.low)} {end})"
-        advice = [] if self.actionable else ["too uncertain to act on: measure more steps"]
-        if self.num_steps == 0:
-            head = "noise scale unknown: no variance, for no step had two samples or more and finite values"
-            advice = ["measure steps of at least two samples"]
-        elif math.isnan(self.value):
-            head = f"noise scale unknown: neither |G|² nor tr Σ averages above zero, {basis}"
-            advice = ["check that the loss depends on the parameters, or measure more steps"]
-        elif math.isinf(self.value):
-            head = f"noise scale not bounded above {range_}, {basis}"
-            advice = ["the mean gradient cannot be told from noise yet: measure more steps"]
-        else:
-            head = f"noise scale {readable(self.value)} {range_}, {basis}"
-        if self.num_skipped:
-            skipped = _count(self.num_skipped, "step")
-            advice.append(f"{skipped} left out (not finite, or fewer than two samples)")
-        if self.coverage < 1:
-            advice.append(f"covers only {100 * self.coverage:.3g}% of the trainable parameters")
-        return "; ".join([head, *advice])
+        return sentence(self)
 
 
 def noise_scale(
@@ -137,11 +140,9 @@ def noise_scale(
         top, bottom = (max(float(m), 0.0) for m in mean)
         numerator, denominator = (float(s) for s in scale)
         value = _ratio(top, bottom) * numerator / denominator
-        covariance, freedom = _mean_covariance(series, weights)
+        covariance, freedom = mean_covariance(series, weights)
         if freedom:
-            from scipy.special import stdtrit
-
-            critical = float(stdtrit(freedom, (1 + confidence) / 2))
+            critical = critical_value(freedom, confidence)
             low, high = _fieller(top, bottom, covariance, critical)
             # Rounding must not put the value outside its interval.
             low = min(low * numerator / denominator, value)
@@ -176,13 +177,7 @@ def samples_ratio(batch_size: float, noise: float) -> float:
     return 1.0 + _ratio(batch_size, noise)
 
 
-def readable(number: float) -> str:
-    """A number to three significant digits: ``312``, ``0.0123``, ``6,400``, ``1.2e+16``."""
-    rounded = float(f"{number:.3g}")
-    return f"{rounded:,.0f}" if 1000 <= abs(rounded) < 1e15 else f"{rounded:.3g}"
-
-
-def _mean_covariance(series: Array, weights: Array) -> tuple[Array, int]:
+def mean_covariance(series: Array, weights: Array) -> tuple[Array, int]:
     """(2, 2) covariance of the weighted mean of a (K, 2) series, and its degrees of freedom.
 
     Robust to autocorrelation: the equal-weighted cosine estimator of Lazarus, Lewis, Stock and
@@ -216,6 +211,13 @@ def _mean_covariance(series: Array, weights: Array) -> tuple[Array, int]:
     return square * (scatter.T @ scatter) / cosines, cosines
 
 
+def critical_value(freedom: int, confidence: float) -> float:
+    """Half the width of Student's interval, in standard errors."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1 + confidence) / 2))
+
+
 def _lag_one(residual: Array) -> float:
     """The larger lag-one autocorrelation of two columns, from 0 to 0.97."""
     power = np.maximum((residual**2).sum(axis=0), np.finfo(np.float64).tiny)
@@ -238,10 +240,6 @@ def _ratio(top: float, bottom: float) -> float:
     if bottom > 0:
         return top / bottom
     return math.inf if top > 0 else math.nan
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def require(holds: bool, name: str, seen: object, remedy: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -30,15 +31,26 @@ _entered_forward.__name__ = "forward"  # so that a pickled model finds its class
 
 
 def install(
-    model: nn.Module, batch_dim: int, moments: bool, chunk_bytes: int, per_token: bool = False
+    model: nn.Module,
+    batch_dim: int,
+    moments: bool,
+    chunk_bytes: int,
+    per_token: bool = False,
+    only: Collection[str] | None = None,
 ) -> Interposer:
-    """Attach to `model`. Raises AttachError where that cannot give right numbers."""
+    """Attach to `model`. Raises AttachError where that cannot give right numbers.
+
+    `only`: names of the parameters to measure (default: all).
+    """
     backends.forced()  # what the environment asks for must exist
     if not any(_entered(m) for m in model.modules()):
         _leave(model)  # what a copy of an attached model still carries
     aliases = _aliases(model)
     params = dict(model.named_parameters())
     _check(model, params)
+    if only is not None:
+        aliases = {name: group for name, group in aliases.items() if name in only}
+        params = {name: params[name] for name in aliases}
     dtype = torch.float32
     if any(p.dtype == torch.float64 for p in params.values()):
         dtype = torch.float64

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gradstats import advice, distributed, estimators, record, told
+from gradstats import advice, estimators
 from gradstats.calls import require_no_capture
-from gradstats.comm_hooks import require_means
 from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
-from gradstats.install import install, uninstall
 from gradstats.layouts import StepSeconds
-from gradstats.loss_scale import LossScale
-from gradstats.moments import SecondMoments
-from gradstats.order import Order
-from gradstats.self_check import SelfCheck
+from gradstats.micro_batch import MicroBatches
+from gradstats.norm_layers import NormLayers
+from gradstats.options import Method, Options, Sample, Weighting, at_least
+from gradstats.per_sample import PerSample
+from gradstats.rank_means import RankMeans
 from gradstats.series import Series
+from gradstats.source import Source
 from gradstats.stats import Coverage, GradStats
-
-Method = Literal["per_sample"]
-Sample = Literal["example", "token"]
 
 
 def attach(
@@ -44,6 +42,9 @@ def attach(
     fallback_bytes: int = 2**28,
     self_check: int | None = None,
     process_group: Any = None,
+    weighting: Weighting | None = None,
+    calibration: float | None = None,
+    tokens_per_sample: float | None = None,
 ) -> Monitor:
     """Measure per-sample gradient statistics in the ordinary backward passes of `model`.
 
@@ -55,7 +56,14 @@ def attach(
     Args:
         model: any module that treats the samples of a batch independently.
         optimizer: where `recommend` reads the learning rate and its scaling rule from.
-        method: "per_sample", exact for every sample.
+        method: how the noise is seen; records and noise scale mean the same with each.
+            "per_sample": exact, from every sample's gradient in the backward pass.
+            "norm_layers": the same for the parameters of normalisation layers alone, a cheap proxy for
+            the model; needs a `calibration`, or `Monitor.calibrate`.
+            "micro_batch": the gradients of a step's micro-batches against their mean, for gradient
+            accumulation in one process. "ranks": those of the ranks against their mean, for
+            DistributedDataParallel. These two take any model, also one without per-sample gradients
+            (BatchNorm in training mode), at far greater variance.
         loss_reduction: how the loss joins samples, "mean" or "sum". Only absolute norms depend on it.
         grad_scaler: the torch.amp.GradScaler that scales the loss, so that absolute norms are in units
             of the loss itself; without it they are of the scaled one.
@@ -77,14 +85,18 @@ def attach(
             with their definition in float64 (see `gradstats.self_check`); such a step waits for the
             device.
         process_group: the processes whose gradients are averaged (default: DDP's group, else all).
+        weighting: what unequal micro-batches or ranks weigh in `p.grad`: "samples", every sample alike;
+            "parts", each micro-batch or rank alike, as a mean loss over accumulation_steps, and DDP's
+            mean of mean losses. Where it is not said, steps with unequal ones are left out, and warned of.
+        calibration: the model's noise scale over that of its normalisation layers, where it is known.
+        tokens_per_sample: to give the noise scale in tokens too.
 
     Raises:
         AttachError: no trainable parameter, attached already, several devices, tensor parallel or FSDP1,
             or ranks that do not attach alike.
         InvalidArgumentError: an argument is out of range.
     """
-    return Monitor(
-        model,
+    options = Options(
         optimizer=optimizer,
         method=method,
         loss_reduction=loss_reduction,
@@ -99,71 +111,28 @@ def attach(
         fallback_bytes=fallback_bytes,
         self_check=self_check,
         process_group=process_group,
+        weighting=weighting,
+        calibration=calibration,
+        tokens_per_sample=tokens_per_sample,
     )
+    return Monitor(model, options)
+
+
+SOURCES: dict[str, Callable[[nn.Module, Options], Source]] = {
+    "per_sample": PerSample,
+    "norm_layers": NormLayers,
+    "micro_batch": MicroBatches,
+    "ranks": RankMeans,
+}
 
 
 class Monitor:
-    """Statistics of one model's gradients; made by `attach`, whose arguments it takes."""
+    """Statistics of one model's gradients; made by `attach`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        optimizer: torch.optim.Optimizer | None,
-        method: str,
-        loss_reduction: str,
-        grad_scaler: Any,
-        every: int,
-        moments: bool,
-        per_layer: bool,
-        batch_dim: int,
-        sample: str,
-        half_life: float,
-        confidence: float,
-        fallback_bytes: int,
-        self_check: int | None,
-        process_group: Any,
-    ) -> None:
-        _one_of("method", method, ("per_sample",))
-        _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
-        _at_least("every", every, 1)
-        _at_least("batch_dim", batch_dim, 0)
-        _one_of("sample", sample, ("example", "token"))
-        if sample == "token" and batch_dim != 0:
-            raise InvalidArgumentError(
-                f'batch_dim={batch_dim} cannot be used with sample="token", which reads (batch, '
-                "positions, …) inputs. Transpose the model's input, or leave batch_dim out."
-            )
-        _at_least("fallback_bytes", fallback_bytes, 1)
-        _at_least("self_check", 1 if self_check is None else self_check, 1)
-        estimators.noise_scale([], [], [], half_life=half_life, confidence=confidence)
-        self.every = every
-        self._group = distributed.group_of(model, process_group)
-        self._given, self._model = model, distributed.unwrapped(model)
-        self._optimizer = optimizer
-        self._summed = loss_reduction == "sum"
-        self._loss_scale = None if grad_scaler is None else LossScale(grad_scaler, optimizer)
-        self._per_layer = per_layer
-        self._half_life, self._confidence = half_life, confidence
-        self._sample = sample
-        self._interposer = install(
-            self._model, batch_dim, moments, fallback_bytes, sample == "token"
-        )
-        self._owners = [self._owner(name) for name in self._interposer.index]
-        settings = repr((every, moments, batch_dim, sample, loss_reduction, self._interposer.dtype))
-        try:
-            self._ranks = distributed.join_ranks(
-                self._model, self._interposer, self._group, settings, moments
-            )
-        except BaseException:
-            uninstall(self._model)
-            raise
-        self._moments = None
-        if moments:
-            self._moments = SecondMoments(self._interposer, self._params, self._ranks)
-        places = dict(zip(self._interposer.index, self._owners, strict=True))
-        self._order = Order(self._interposer.ledger, places)
-        self._self_check = SelfCheck(self_check) if self_check else None
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.every = options.every
+        self._options = options
+        self._source = SOURCES[options.method](model, options)
         self._attached = True
         self._steps = 0
         self._series = Series()
@@ -187,50 +156,19 @@ class Monitor:
             UnsupportedLayerError: DDP has a communication hook that makes something else than a mean.
             GradStatsError: the self check found a wrong number.
         """
-        self._require_attached()
-        interposer = self._interposer
-        if not interposer.enabled:
+        if not self._attached:
+            raise GradStatsError("this monitor was detached; attach(model) gives a new one")
+        if not self._source.enabled:
             return self._next(None)
         require_no_capture()
-        names, params = tuple(interposer.index), self._params()
-        distributed.require_joined(self._ranks, self._group, params)
-        deliveries, reasons = interposer.take()
         try:
-            require_means(self._given)
-            self._order.require_intact()
-            if self._self_check is not None:
-                self._self_check.finish()
-            groups = record.group(deliveries, reasons)
-            scale = self._loss_scale.factor(groups[0].rows) if self._loss_scale else None
+            stats = self._source.measure()
         except GradStatsError:
-            self._give_up(params)
-            raise
-        if self._ranks is None:
-            joined, local = None, record.gather(names, params, groups, reasons)
-        else:
-            absent = self._ranks.absent(params)
-            local = record.gather(names, params, groups, reasons, absent)
-            joined = self._ranks.join(params, local)
-        m2 = self._moments.take([g.batch for g in groups], joined) if self._moments else {}
-        if self._ranks is not None and joined is not None:
-            error = self._ranks.finish(joined)
-            if error is not None:
+            if self._source.size > 1:  # as the others do, so that `every` leaves out the same steps
                 self._next(None)
-                raise error
-        stats = record.build(
-            names, params, local, joined, reasons, self._summed, self._per_layer, m2, scale
-        )
+            raise
         self._series.add(stats)
         return self._next(stats)
-
-    def _give_up(self, params: list[Tensor]) -> None:
-        """No statistics here: forget what belongs to no step, and let no other rank wait for it."""
-        joined = self._ranks.join_failed(params) if self._ranks else None
-        if self._moments:
-            self._moments.take([], joined)
-        if self._ranks:
-            self._ranks.forget()
-            self._next(None)  # as the others do, so that `every` leaves out the same steps
 
     def samples(
         self,
@@ -262,41 +200,26 @@ class Monitor:
             InvalidArgumentError: arguments that do not go together; ids where tokens are samples; a
                 mask with `moments=True`.
         """
-        moments = self._moments is not None
-        return told.samples(self._interposer, ids, num_samples, cu_seqlens, mask, moments)
+        return self._source.samples(ids, num_samples, cu_seqlens, mask)
 
     def _next(self, stats: GradStats | None) -> GradStats | None:
         self._steps += 1
-        self._interposer.enabled = self._steps % self.every == 0
+        self._source.enabled = self._steps % self.every == 0
         if stats is not None:  # not the record itself, which may hold a tensor for every weight
             self._last_coverage, self._last_batch = stats.coverage, stats.samples
         return stats
-
-    def _owner(self, name: str) -> tuple[dict[str, Any], str]:
-        path, _, key = name.rpartition(".")
-        return self._model.get_submodule(path)._parameters, key
-
-    def _params(self) -> list[Tensor]:
-        """The parameters in row order, as they are now: FSDP and others replace the objects."""
-        return [owner[key] for owner, key in self._owners]
 
     def fallbacks(self) -> dict[str, tuple[int, str]]:
         """Parameters measured sample by sample: bytes of per-sample gradients of their module, why.
 
         For the batch size of the last forward. Known once a forward ran.
         """
-        it = self._interposer
-        return {
-            name: (plan.cost(it.batch), it.fallbacks[path].reason)
-            for path, plan in it.plans.items()
-            if path in it.fallbacks
-            for name in plan.names()
-        }
+        return self._source.fallbacks()
 
     @property
     def sample(self) -> str:
         """What counts are of: "example" or "token", as `attach` was told."""
-        return self._sample
+        return self._options.sample
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -306,12 +229,29 @@ class Monitor:
         Waits for the device. Before any step, or after steps of one sample only, its value is NaN
         and its sentence says why.
         """
-        return estimators.noise_scale(
+        noise = estimators.noise_scale(
             *self._read(),
-            half_life=self._half_life,
-            confidence=self._confidence,
+            half_life=self._options.half_life,
+            confidence=self._options.confidence,
             coverage=self._coverage(),
         )
+        noise = replace(noise, tokens_per_sample=self._options.tokens_per_sample)
+        return self._source.adjust(noise)
+
+    def calibrate(self, steps: int = 100) -> None:
+        """Measure the next `steps` steps for all parameters, to learn what the proxy is to the model.
+
+        For method="norm_layers". Those steps cost what method="per_sample" costs; the factor between the
+        two noise scales is then known with an interval, which widens that of `noise_scale()`, and is
+        used where it is known to within a factor of 1.5. Call it between two steps, on all ranks alike.
+        """
+        at_least("steps", steps, 1)
+        if not isinstance(self._source, NormLayers):
+            raise InvalidArgumentError(
+                f'calibrate() is for method="norm_layers"; method={self._options.method!r} measures all '
+                "parameters"
+            )
+        self._source.calibrate(steps)
 
     def recommend(
         self,
@@ -331,7 +271,7 @@ class Monitor:
         Raises:
             NoStatisticsError: nothing was measured yet.
         """
-        ranks = 1 if self._ranks is None else self._ranks.size
+        ranks = self._source.size
         if batch_size is None and self._last_batch is not None:
             batch_size = math.ceil(int(self._last_batch) / ranks) * ranks
         if not batch_size:
@@ -340,10 +280,10 @@ class Monitor:
                 "for some steps with monitor.step() in the loop, or pass batch_size=."
             )
         name = None
-        if self._optimizer is not None:
-            name = type(self._optimizer).__name__
+        if self._options.optimizer is not None:
+            name = type(self._options.optimizer).__name__
             if learning_rate is None:
-                learning_rate = float(self._optimizer.param_groups[0]["lr"])
+                learning_rate = float(self._options.optimizer.param_groups[0]["lr"])
         return advice.recommend(
             self.noise_scale(),
             batch_size=batch_size,
@@ -358,7 +298,7 @@ class Monitor:
 
     def _read(self) -> tuple[list[int], list[float], list[float]]:
         if self._series.pending:
-            self._order.require_unchanged()
+            self._source.require_unchanged()
         return self._series.read()
 
     def _coverage(self) -> float:
@@ -376,8 +316,10 @@ class Monitor:
             **self._series.state_dict(),
             "coverage": self._coverage(),
             "batch_size": None if self._last_batch is None else int(self._last_batch),
-            "parameters": list(self._interposer.index),
-            "sample": self._sample,
+            "parameters": list(self._source.parameters),
+            "sample": self._options.sample,
+            "method": self._options.method,
+            **self._source.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -387,50 +329,37 @@ class Monitor:
                 f"this monitor reads states of version 1, not {state.get('version')!r}; the file was "
                 "written by another version of gradstats, or is not a monitor's state"
             )
-        if state["parameters"] != list(self._interposer.index):
+        if state["parameters"] != list(self._source.parameters):
             raise InvalidArgumentError(
                 f"the state is of another model: its parameters begin {state['parameters'][:3]}, "
-                f"this model's {list(self._interposer.index)[:3]}"
+                f"this model's {list(self._source.parameters)[:3]}"
             )
         unit = state.get("sample", "example")
-        if unit != self._sample:
+        if unit != self._options.sample:
             raise InvalidArgumentError(
                 f"the state counts in samples of another kind: attach(..., sample={unit!r}) goes on "
-                f"from it, not sample={self._sample!r}"
+                f"from it, not sample={self._options.sample!r}"
+            )
+        method = state.get("method", "per_sample")
+        if method != self._options.method:
+            raise InvalidArgumentError(
+                f"the state was measured by another method: attach(..., method={method!r}) goes on from "
+                f"it, not method={self._options.method!r}"
             )
         self._series.load_state_dict(state)
+        self._source.load_state_dict(dict(state))
         self._steps = state["steps"]
-        self._interposer.enabled = self._steps % self.every == 0
+        self._source.enabled = self._steps % self.every == 0
         self._last_coverage, self._last_batch = float(state["coverage"]), state["batch_size"]
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`. What was measured can still be read."""
         if self._attached:
             self._attached = False
-            if self._self_check is not None:
-                self._self_check.close()
-            if self._ranks is not None:
-                self._ranks.close()
-            uninstall(self._model)
+            self._source.close()
 
     def __enter__(self) -> Monitor:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.detach()
-
-    def _require_attached(self) -> None:
-        if not self._attached:
-            raise GradStatsError("this monitor was detached; attach(model) gives a new one")
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InvalidArgumentError(
-            f"{name}={value!r} is not known here; use {' or '.join(map(repr, known))}"
-        )
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise InvalidArgumentError(f"{name}={value!r} must be a whole number of at least {least}")

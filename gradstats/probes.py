@@ -174,7 +174,7 @@ class Ledger:
     def deliver(self, leaf: Tensor, counted: Counted | None = None) -> None:
         """Hook of a leaf that belongs to one eager pass; it may fire in several parts."""
         task = torch._C._current_graph_task_id()
-        self._at_the_end(self.settled)
+        self.at_the_end(self.settled)
         for known in self.deliveries:
             if known.leaf is leaf:
                 known.task = min(known.task, task)
@@ -186,11 +186,12 @@ class Ledger:
         rows, leaf.grad = leaf.grad, None
         task = torch._C._current_graph_task_id()
         self.deliveries.append(Delivery(leaf.shape[1] - 1, task, rows=rows))
-        self._at_the_end(self.between)  # no eager code runs before the next compiled forward
-        self._at_the_end(self.settled)
+        self.at_the_end(self.between)  # no eager code runs before the next compiled forward
+        self.at_the_end(self.settled)
 
     @staticmethod
-    def _at_the_end(callback: Callable[[], None] | None) -> None:
+    def at_the_end(callback: Callable[[], None] | None) -> None:
+        """Run it when the backward that runs is over."""
         if callback is not None:
             torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 

@@ -232,14 +232,14 @@ def _grad_sq_norms(params: Sequence[Tensor], received: Sequence[bool], like: Ten
     grads = [p.grad for p, yes in zip(params, received, strict=True) if yes]
     if not grads:
         return like.new_zeros(len(params))
-    norms = call.multi_sq_norm([_held(g) for g in grads]).to(like.dtype)
+    norms = call.multi_sq_norm([held(g) for g in grads]).to(like.dtype)
     if all(received):
         return norms  # type: ignore[no-any-return]
     where = _indices(tuple(i for i, yes in enumerate(received) if yes), like.device)
     return like.new_zeros(len(params)).index_copy(0, where, norms)
 
 
-def _held(grad: Any) -> Tensor:
+def held(grad: Any) -> Tensor:
     """The gradient as a plain tensor; of a sharded one, this process's shard."""
     if type(grad) is not Tensor and hasattr(grad, "to_local"):
         return grad.to_local()  # type: ignore[no-any-return]

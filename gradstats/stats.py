@@ -24,7 +24,7 @@ step of one sample has no variance: its tr_sigma and what follows from it are Na
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import torch
@@ -87,6 +87,7 @@ class Coverage:
     """How much of the model a record speaks for. Reading it waits for the device.
 
     `causes`: reasons that are known on the device only, each with the parameters it is true of.
+    `outside`: sizes of trainable parameters that were left out on purpose, by name, and `outside_reason`.
     """
 
     names: tuple[str, ...]
@@ -94,6 +95,8 @@ class Coverage:
     measured_mask: Tensor
     reasons: Mapping[str, str] = field(default_factory=dict)
     causes: Sequence[tuple[Tensor, str]] = ()
+    outside: Mapping[str, int] = field(default_factory=dict)
+    outside_reason: str = ""
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -105,7 +108,8 @@ class Coverage:
         """Measured share of the trainable parameters' entries, 0 to 1."""
         mask = self.measured_mask.tolist()
         done = sum(s for s, ok in zip(self.sizes, mask, strict=True) if ok)
-        return done / sum(self.sizes) if sum(self.sizes) else 0.0
+        total = sum(self.sizes) + sum(self.outside.values())
+        return done / total if total else 0.0
 
     @property
     def missing(self) -> dict[str, str]:
@@ -121,7 +125,8 @@ class Coverage:
             for name, true in zip(self.names, mask.tolist(), strict=True):
                 if true:
                     found.setdefault(name, reason)
-        return {n: found.get(n, unseen) for n in self.names if n not in known}
+        missing = {n: found.get(n, unseen) for n in self.names if n not in known}
+        return missing | dict.fromkeys(self.outside, self.outside_reason)
 
 
 class Scaled(Mapping[str, Tensor]):
@@ -173,6 +178,8 @@ class GradStats(Moments):
     else is of all of them: `layer_mean_sq_norm` (P,) is then kept, for the rows do not show it.
     `grad_var`: with `moments=True`, each measured weight's unbiased per-sample gradient variance, in
     the weight's shape; its sum is that layer's `tr_sigma`.
+    `method`: that of `attach`. "norm_layers" is of those layers alone. "micro_batch" and "ranks" know no
+    sample's own norm: `per_sample_sq_norm` is empty, and `mean_sq_norm` is tr Σ + |G|² as estimated.
     """
 
     per_sample_sq_norm: Tensor
@@ -181,6 +188,7 @@ class GradStats(Moments):
     layer_sq_norm: Tensor | None = None
     layer_grad_sq_norm: Tensor | None = None
     layer_mean_sq_norm: Tensor | None = None
+    method: str = "per_sample"
 
     @property
     def layers(self) -> Mapping[str, LayerStats]:
@@ -208,6 +216,11 @@ class GradStats(Moments):
         the pooled one within them, with N − K degrees of freedom. Associative. The parameters must
         be the same; elementwise variances are pooled by their degrees of freedom.
         """
+        if self.method != other.method:
+            raise InvalidArgumentError(
+                f"records of method {self.method!r} and {other.method!r} cannot be merged: they are of "
+                "unlike precision, or of other parameters"
+            )
         if self.coverage.names != other.coverage.names:
             raise InvalidArgumentError(
                 "records of different models cannot be merged: their parameters are "
@@ -237,7 +250,9 @@ class GradStats(Moments):
             mean_sq_norm=pool(self.mean_sq_norm, other.mean_sq_norm),
             grad_sq_norm=pool(self.grad_sq_norm, other.grad_sq_norm),
             per_sample_sq_norm=torch.cat([self.per_sample_sq_norm, other.per_sample_sq_norm]),
-            coverage=Coverage(self.coverage.names, self.coverage.sizes, both, reasons, causes),
+            coverage=replace(
+                self.coverage, measured_mask=both, reasons=reasons, causes=tuple(causes)
+            ),
             grad_var={
                 name: (free * var + more * other.grad_var[name]) / at_least_one(free + more)
                 for name, var in self.grad_var.items()
@@ -246,6 +261,7 @@ class GradStats(Moments):
             layer_sq_norm=rows,
             layer_grad_sq_norm=grads,
             layer_mean_sq_norm=means,
+            method=self.method,
         )
 
     @staticmethod

@@ -55,7 +55,7 @@ def a_failing_rank_leaves_no_other_waiting(rank: int, world: int) -> None:
         monitor, run = after(model, moments=moments, every=2)
         loss(run, mine(batch, sizes)).backward()
         if rank == 0:
-            monitor._interposer.take()
+            monitor._source.interposer.take()
         text = ""
         try:
             monitor.step()

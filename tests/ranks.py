@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import rank_cases_ddp  # noqa: F401  (imported for the cases that they register)
 import rank_cases_faults  # noqa: F401
 import rank_cases_fsdp  # noqa: F401
+import rank_cases_parts  # noqa: F401
 import rank_cases_schedulers  # noqa: F401
 import rank_cases_uneven  # noqa: F401
 import torch

@@ -198,7 +198,7 @@ def test_non_finite_gradients_are_skipped_and_counted(model) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "ranks"}, "method='ranks' is not known here; use 'per_sample'"),
+        ({"method": "rank"}, "method='rank' is not known here; use 'per_sample' or"),
         ({"loss_reduction": "none"}, "use 'mean' or 'sum'"),
         ({"every": 0}, "every=0 must be a whole number of at least 1"),
         ({"batch_dim": -1}, "batch_dim=-1"),

@@ -92,6 +92,30 @@ def test_a_hook_that_is_not_known_to_give_the_mean_is_refused(results) -> None:
         assert "fp16_compress_hook" in text
 
 
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("not wrapped", ["the model is a Sequential", "attach to the wrapper"]),
+        ("micro_batch", ["is for one process", 'method="ranks"']),
+        ("unlike", ["2 processes", "different arguments"]),
+        ("no backward", ["found no backward pass", "on every rank"]),
+        ("averaged twice", ["more than one backward of a step", "no_sync()"]),
+        ("not averaged", ["not the mean over the ranks"]),
+        ("unequal", ["ranks' batches of unequal size", "(3, 4 samples)", 'weighting="parts"']),
+    ],
+)
+def test_comparing_ranks_refuses_misuse(results, what: str, words: list[str]) -> None:
+    for found in results(2):
+        text = found["ranks_misused"]["figures"][what]
+        assert all(word in text for word in words), text
+
+
+def test_a_rank_that_clipped_too_early_tells_the_others(results) -> None:
+    texts = [found["ranks_misused"]["figures"]["clipped"] for found in results(2)]
+    assert "was changed, replaced or cleared between backward and monitor.step()" in texts[0]
+    assert "raised an error on another rank (1 of 2)" in texts[1]
+
+
 def test_a_group_without_processes_is_refused() -> None:
     with pytest.raises(gradstats.AttachError, match="init_process_group"):
         gradstats.attach(nn.Linear(2, 2), process_group=object())
@@ -109,6 +133,6 @@ def test_processes_that_come_after_attach_are_noticed(monkeypatch) -> None:
 def test_one_process_has_no_hooks() -> None:
     model = nn.Linear(3, 2)
     monitor = gradstats.attach(model, moments=True)
-    assert monitor._ranks is None
+    assert monitor._source.ranks is None
     assert not model.weight._backward_hooks
     assert not model.weight._post_accumulate_grad_hooks

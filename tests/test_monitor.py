@@ -70,7 +70,7 @@ def test_resuming_is_exact() -> None:
     second.load_state_dict(state)
     assert second.noise_scale() == monitor.noise_scale()
     assert second.recommend().batch_size == monitor.recommend().batch_size
-    assert second._interposer.enabled == monitor._interposer.enabled
+    assert second._source.interposer.enabled == monitor._source.interposer.enabled
     steps(model, draw, second, 3)
     assert second.noise_scale().num_steps == monitor.noise_scale().num_steps + 1
 
@@ -117,8 +117,9 @@ def test_records_merge_exactly() -> None:
     total = sum(float(v.sum()) for v in merged.grad_var.values())
     assert total == pytest.approx(float(merged.tr_sigma), rel=1e-4)
     assert torch.equal(gradstats.GradStats.merge_all(records).tr_sigma, merged.tr_sigma)
-    with gradstats.attach(nn.Linear(2, 2)) as stranger:
-        stranger._model(torch.randn(3, 2)).sum().backward()
+    other = nn.Linear(2, 2)
+    with gradstats.attach(other) as stranger:
+        other(torch.randn(3, 2)).sum().backward()
         with pytest.raises(gradstats.InvalidArgumentError, match="different models"):
             a.merge(stranger.step())
 
@@ -163,7 +164,7 @@ def test_add_a_rule() -> None:
         monitor = gradstats.attach(model)
         loss(model, data).backward()
         assert_matches(monitor.step(), true, 1e-5)
-        assert not monitor._interposer.fallbacks
+        assert not monitor._source.interposer.fallbacks
     finally:
         del RULES[torch.hypot]
 
@@ -206,7 +207,6 @@ def test_works_without_triton_and_without_the_extension() -> None:
 EDGES = {
     "errors": set(),
     "reference": set(),
-    "estimators": {"errors"},
     "step_time": {"estimators"},
     "kept": {"errors"},
     "timing": {"estimators", "kept", "step_time"},
@@ -214,6 +214,9 @@ EDGES = {
     "batch_advice": {"estimators"},
     "comparison": {"estimators", "layouts", "step_time"},
     "advice": {"batch_advice", "estimators", "layouts", "step_time"},
+    "words": {"estimators"},
+    "estimators": {"errors", "words"},
+    "calibration": {"estimators"},
     "stats": {"errors"},
     "backends": {"errors", "reference"},
     "ops": {"backends", "reference"},
@@ -238,23 +241,68 @@ EDGES = {
     "moments": {"distributed", "interpose", "record"},
     "order": {"errors", "probes"},
     "self_check": {"errors", "ops", "probes", "reference"},
-    "monitor": {
-        "advice",
-        "calls",
+    "options": {"errors", "estimators", "loss_scale"},
+    "source": {"estimators", "stats"},
+    "per_sample": {
         "comm_hooks",
         "distributed",
         "errors",
         "estimators",
         "install",
-        "layouts",
-        "loss_scale",
         "moments",
+        "options",
         "order",
         "record",
         "self_check",
-        "series",
         "stats",
         "told",
+    },
+    "norm_layers": {
+        "calibration",
+        "distributed",
+        "errors",
+        "estimators",
+        "options",
+        "per_sample",
+        "stats",
+    },
+    "parts": {"calls", "errors", "ops", "record", "stats"},
+    "part_source": {"distributed", "errors", "estimators", "options", "parts", "stats"},
+    "micro_batch": {
+        "distributed",
+        "errors",
+        "options",
+        "order",
+        "part_source",
+        "parts",
+        "probes",
+        "record",
+        "stats",
+    },
+    "rank_means": {
+        "comm_hooks",
+        "distributed",
+        "errors",
+        "options",
+        "part_source",
+        "parts",
+        "record",
+        "stats",
+    },
+    "monitor": {
+        "advice",
+        "calls",
+        "errors",
+        "estimators",
+        "layouts",
+        "micro_batch",
+        "norm_layers",
+        "options",
+        "per_sample",
+        "rank_means",
+        "series",
+        "source",
+        "stats",
     },
     "rates": {"estimators"},
     "comm_hooks": {"errors"},

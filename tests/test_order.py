@@ -113,7 +113,7 @@ def test_a_missing_step_is_warned_of_and_its_measurements_dropped(
     with pytest.warns(MissingStepWarning, match=r"step\(\) was not called.*every=k") as seen:
         train()
     assert len([w for w in seen if w.category is MissingStepWarning]) == 1
-    assert len(monitor._interposer.ledger.deliveries) == 1
+    assert len(monitor._source.interposer.ledger.deliveries) == 1
     loss(run, torch.randn(5, 6)).backward()
     with pytest.raises(gradstats.OrderError, match="used by the optimizer or cleared between two"):
         monitor.step()
