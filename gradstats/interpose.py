@@ -168,28 +168,37 @@ class Interposer(Answers, TorchFunctionMode):
         assert key is not None  # they are looked up by these names
         assert path is not None
         if self.current is not None:
-            return original(*args, **kwargs)
-        if self.groups is not None or self.counted is not None:
+            return self._traced(path, original, args, kwargs)
+        groups = self.groups
+        if self.counted is not None:
             raise UnsupportedLayerError(
-                "samples(...) does not reach into a compiled forward. Run the model uncompiled, "
-                "or keep (batch, ...) inside it."
+                "samples(mask=...) does not reach into a compiled forward. Run the model uncompiled, "
+                "or leave what fills the batch up out of it."
             )
         # Multiplying a tuple specialises a symbolic batch size: the rows need a number.
-        batch = len((0,) * self._batch_size("the model", args, kwargs))
+        size = self._batch_size("the model", args, kwargs) if groups is None else groups.batch
+        batch = len((0,) * size)
         comptime(lambda ctx: tracing.ensure_shared_leaf(ctx))
-        self.current = Pass(batch, getattr(self, f"_leaf_{batch}"))
+        self.current = Pass(batch, getattr(self, f"_leaf_{batch}"), groups=groups)
         self.current.look_at(tensors_in(*args, kwargs), self.batch_dim)
         self.batch = batch
         self.tracing = True
         try:
             with self:
-                out = original(*args, **kwargs)
+                out = self._traced(path, original, args, kwargs)
             if self.current.retrace:
                 comptime(lambda ctx: tracing.trace_again(ctx))
             return out
         finally:
             self.current = None
             self.tracing = False
+
+    def _traced(self, path: str, original: Any, args: Any, kwargs: Any) -> Any:
+        self.stack.append(Frame(path))
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self.stack.pop()
 
     def make_shared_leaf(self, batch: int) -> None:
         if not hasattr(self, f"_leaf_{batch}"):

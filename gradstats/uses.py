@@ -138,10 +138,10 @@ class Answers:
             return None
         if self.batch == 1:
             return Flattened(1, samples_first=True)  # whatever they are, they are that sample's
-        if torch.compiler.is_compiling():
-            return None
         found = self.layouts.get(self.stack[-1].path)
         if found is None and not self.looked:
+            if self.tracing:  # which has no numbers to look at
+                return None
             raise NeedsLayout
         if found is None or found == layout.WITHOUT_SAMPLES:
             return None
@@ -153,12 +153,13 @@ class Answers:
 
     def batch_first(self, tensor: Tensor) -> Tensor:
         if not self.is_batched(tensor):
+            first = "run one forward before you compile, which finds flattened rows; "
             raise BatchDimError(
                 f"{self._where()} got an input of shape {tuple(tensor.shape)}, whose dimension "
                 f"{self.batch_dim} does not hold the batch of {self.batch} samples. Every layer must "
-                "see the samples in that dimension: keep (batch, ...) inside the model, say where they "
-                "are with attach(batch_dim=...), or which sample each row is of with "
-                "monitor.samples(ids=...)."
+                f"see the samples in that dimension: {first if self.tracing else ''}keep (batch, ...) inside "
+                "the model, say where they are with attach(batch_dim=...), or which sample each row is of "
+                "with monitor.samples(ids=...)."
             )
         return tensor if self.batch_dim == 0 else tensor.movedim(self.batch_dim, 0)
 

@@ -1,7 +1,8 @@
-"""Inside torch.compile(fullgraph=True): parameters with several uses, and recurrent layers."""
+"""Inside torch.compile(fullgraph=True): parameters with several uses, recurrent layers, flattened rows."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from models import PROBLEMS, Tied, Twice, loss
 from oracle import assert_matches, per_sample_gradients
 from test_shared import Loop, TiedTwice
+from test_where_samples_are import Flattening
 from torch import Tensor, nn
 
 import gradstats
@@ -132,3 +134,53 @@ def test_the_models_that_follow_in_one_process_compile_too() -> None:
         loss(torch.compile(model, fullgraph=True, backend="aot_eager"), batch).backward()
         assert_matches(monitor.step(), true, 1e-5)
         monitor.detach()
+
+
+@pytest.mark.parametrize("sequence_first", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+def test_flattened_rows_are_exact(sequence_first: bool, told: bool) -> None:
+    """Found by one forward before, or told by the rows' samples."""
+    torch.manual_seed(0)
+    batch = torch.randint(0, 11, (4, 5))
+    plain, model = Flattening(False), Flattening(True, sequence_first)
+    model.load_state_dict(plain.state_dict())
+    true = per_sample_gradients(plain, loss, batch)
+    monitor = gradstats.attach(model, moments=True)
+    rows = torch.arange(20) % 4 if sequence_first else torch.arange(20) // 5
+    if not told:
+        model(batch)
+    run = compiled(model)
+    for _ in range(2):
+        model.zero_grad()
+        with monitor.samples(rows) if told else contextlib.nullcontext():
+            loss(run, batch).backward()
+        assert_matches(monitor.step(), true, 1e-5)
+
+
+def test_flattened_rows_that_nothing_was_found_of_are_refused_with_the_way_out() -> None:
+    model = Flattening(True)
+    gradstats.attach(model)
+    with pytest.raises(Exception, match="run one forward before you compile") as refused:
+        compiled(model)(torch.randint(0, 11, (4, 5)))
+    assert "layer 'norm' got an input of shape (20, 6)" in str(refused.value)
+
+
+def test_packed_sequences_of_changing_lengths() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    monitor = gradstats.attach(model)
+    run = compiled(model)
+    for lengths in ([3, 1, 5, 2], [2, 2, 1, 6], [4, 3, 2, 1]):
+        rows = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+        tokens = torch.randint(0, 11, (len(rows),))
+        true: dict[str, list[Tensor]] = {}
+        wide = copy.deepcopy(model).double()
+        for i in range(4):
+            wide.zero_grad()
+            wide(tokens[rows == i]).sin().sum().backward()
+            for name, p in wide.named_parameters():
+                true.setdefault(name, []).append(p.grad.clone())
+        model.zero_grad()
+        with monitor.samples(rows):
+            (run(tokens).sin().sum() / 4).backward()
+        assert_matches(monitor.step(), {n: torch.stack(g) for n, g in true.items()}, 1e-5)

@@ -82,6 +82,14 @@ _FUNCTIONS = ("add", "sub", "mul", "div", "true_divide", "rsub", "where", "maxim
               "lerp", "addcmul", "pow")  # fmt: skip
 
 
+# Of the methods, looked up beforehand: a compiler does not see their names.
+_OUT_OF_PLACE = {
+    getattr(Tensor, name): getattr(torch, name.strip("_"))
+    for name in _METHODS
+    if hasattr(Tensor, name) and hasattr(torch, name.strip("_"))
+}
+
+
 @rule(
     *(getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)),
     *(getattr(torch, name) for name in _FUNCTIONS),
@@ -119,7 +127,7 @@ def _flattened(use: Use, func: Callable[..., Any], args: Any, flat: Tensor) -> A
             arg = arg.reshape((1,) * (ndim - arg.dim()) + arg.shape)
         moved.append(arg)
     assert back is not None
-    plain = getattr(torch, func.__name__.strip("_").removesuffix("_"), func)
+    plain = _OUT_OF_PLACE.get(func, func)
     return back(plain(*(_operand(use, arg, ndim) for arg in moved)))
 
 
