@@ -381,7 +381,7 @@ class Interposer(Answers, TorchFunctionMode):
             return
         assert self.current is not None
         if torch.compiler.is_compiling():
-            if earlier and name not in self.shared:
+            if len(earlier) and name not in self.shared:
                 self._found_shared(name)
                 return
             self.uncovered[name] = f"{reason}; the fallback does not run in a compiled forward"

@@ -104,7 +104,7 @@ class Answers:
             current.uses[name] = (*earlier, UseOf(tuple(self.stack), part))
         # The norms of parts add up, and count as one delivery: that of the part used first. What is
         # recomputed does not know which that was; there it is the one at the beginning.
-        counted = not earlier if not current.recomputing else part is None or part[1] == 0
+        counted = len(earlier) == 0 if not current.recomputing else part is None or part[1] == 0
         if part is not None and not counted:
             row = torch.cat((row[:-1], row.new_zeros(1)))
         return Probe(row, m2)
