@@ -184,3 +184,58 @@ def test_packed_sequences_of_changing_lengths() -> None:
         with monitor.samples(rows):
             (run(tokens).sin().sum() / 4).backward()
         assert_matches(monitor.step(), {n: torch.stack(g) for n, g in true.items()}, 1e-5)
+
+
+class LowRank(nn.Module):
+    """A frozen layer and two trained ones of low rank beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.down = nn.Linear(6, 6), nn.Linear(6, 2, bias=False)
+        self.up = nn.Linear(2, 6, bias=False)
+        self.base.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.base(x) + 2.0 * self.up(self.down(x)))
+
+
+def half_frozen() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    return model
+
+
+def labels(n: int) -> Tensor:
+    return torch.randint(0, 13, (n,))
+
+
+def plain_sum(model: nn.Module, batch: Tensor) -> Tensor:
+    """Its gradient has stride 0 everywhere."""
+    return model(batch).sum() / len(batch)
+
+
+SITUATIONS = {
+    "lora": (LowRank, sequence, 5, loss),
+    "frozen weight, frozen bias": (half_frozen, sequence, 5, loss),
+    "one id per sample": (
+        lambda: nn.Sequential(nn.Embedding(13, 6), nn.Linear(6, 3)),
+        labels,
+        5,
+        loss,
+    ),
+    "batch of one": (half_frozen, sequence, 1, loss),
+    "gradient of stride 0": (half_frozen, sequence, 5, plain_sum),
+}
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_everyday_situations(name: str, eager: bool) -> None:
+    make, data, size, objective = SITUATIONS[name]
+    torch.manual_seed(0)
+    model, batch = make(), data(size)
+    true = per_sample_gradients(model, objective, batch)
+    monitor = gradstats.attach(model)
+    objective(model if eager else compiled(model), batch).backward()
+    assert_matches(monitor.step(), true, 1e-5)
