@@ -38,6 +38,7 @@ class NoiseScale:
     samples). ``coverage`` is the fraction of the trainable parameters that was measured. ``method`` is
     that of ``attach``; ``calibration`` the factor that a proxy's noise scale was multiplied by, ``None``
     where it was not. ``tokens_per_sample``: tokens that a sample holds on average, where known.
+    ``note``: what else is to be said of it.
     """
 
     value: float
@@ -53,6 +54,7 @@ class NoiseScale:
     method: str = "per_sample"
     calibration: float | None = None
     tokens_per_sample: float | None = None
+    note: str = ""
 
     @property
     def actionable(self) -> bool:

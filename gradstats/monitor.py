@@ -16,6 +16,7 @@ from gradstats.calls import require_no_capture
 from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
 from gradstats.layouts import StepSeconds
 from gradstats.micro_batch import MicroBatches
+from gradstats.momentum_reader import MomentumReader
 from gradstats.norm_layers import NormLayers
 from gradstats.options import Method, Options, Sample, Weighting, at_least
 from gradstats.per_sample import PerSample
@@ -45,6 +46,7 @@ def attach(
     weighting: Weighting | None = None,
     calibration: float | None = None,
     tokens_per_sample: float | None = None,
+    from_momentum: bool = False,
 ) -> Monitor:
     """Measure per-sample gradient statistics in the ordinary backward passes of `model`.
 
@@ -90,6 +92,10 @@ def attach(
             mean of mean losses. Where it is not said, steps with unequal ones are left out, and warned of.
         calibration: the model's noise scale over that of its normalisation layers, where it is known.
         tokens_per_sample: to give the noise scale in tokens too.
+        from_momentum: estimate |G|² from the optimizer's momentum buffer (SGD with momentum, Adam and
+            AdamW, PerSampleAdam, AdaScale), which averages over more samples than a step. Where the buffer
+            is not what it should be, or the gradient turns within its memory, |G|² comes from single
+            steps as ever, and the noise scale says why.
 
     Raises:
         AttachError: no trainable parameter, attached already, several devices, tensor parallel or FSDP1,
@@ -114,6 +120,7 @@ def attach(
         weighting=weighting,
         calibration=calibration,
         tokens_per_sample=tokens_per_sample,
+        from_momentum=from_momentum,
     )
     return Monitor(model, options)
 
@@ -132,6 +139,7 @@ class Monitor:
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.every = options.every
         self._options = options
+        self._momentum = MomentumReader(model, options) if options.from_momentum else None
         self._source = SOURCES[options.method](model, options)
         self._attached = True
         self._steps = 0
@@ -168,6 +176,8 @@ class Monitor:
                 self._next(None)
             raise
         self._series.add(stats)
+        if self._momentum is not None:
+            self._momentum.add(stats)
         return self._next(stats)
 
     def samples(
@@ -229,12 +239,15 @@ class Monitor:
         Waits for the device. Before any step, or after steps of one sample only, its value is NaN
         and its sentence says why.
         """
+        series = self._read()
         noise = estimators.noise_scale(
-            *self._read(),
+            *series,
             half_life=self._options.half_life,
             confidence=self._options.confidence,
             coverage=self._coverage(),
         )
+        if self._momentum is not None:
+            noise = self._momentum.adjust(noise, series)
         noise = replace(noise, tokens_per_sample=self._options.tokens_per_sample)
         return self._source.adjust(noise)
 
@@ -320,6 +333,7 @@ class Monitor:
             "sample": self._options.sample,
             "method": self._options.method,
             **self._source.state_dict(),
+            "momentum": None if self._momentum is None else self._momentum.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -348,6 +362,8 @@ class Monitor:
             )
         self._series.load_state_dict(state)
         self._source.load_state_dict(dict(state))
+        if self._momentum is not None and state.get("momentum") is not None:
+            self._momentum.load_state_dict(state["momentum"])
         self._steps = state["steps"]
         self._source.enabled = self._steps % self.every == 0
         self._last_coverage, self._last_batch = float(state["coverage"]), state["batch_size"]

@@ -38,6 +38,7 @@ class Options:
     weighting: str | None
     calibration: float | None
     tokens_per_sample: float | None
+    from_momentum: bool
 
     def __post_init__(self) -> None:
         methods = ("per_sample", "norm_layers", "micro_batch", "ranks")

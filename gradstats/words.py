@@ -51,6 +51,8 @@ def sentence(noise: NoiseScale) -> str:
         advice.append(f"{skipped} left out (not finite, or fewer than {needs})")
     if noise.coverage < 1 and noise.calibration is None:
         advice.append(f"covers only {100 * noise.coverage:.3g}% of the trainable parameters")
+    if noise.note:
+        advice.append(noise.note)
     return "; ".join([head, *advice])
 
 
