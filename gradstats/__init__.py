@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gradstats.comparison import Comparison, compare
     from gradstats.estimators import NoiseScale
     from gradstats.grouped_loader import GroupedLoader
+    from gradstats.hessian import Curvature, curvature
     from gradstats.loader import StepLoader
     from gradstats.monitor import Monitor, attach
     from gradstats.report import CheckReport
@@ -44,7 +45,9 @@ _LAZY = {
     "NoiseScale": "estimators",
     "BatchSizeAdvice": "batch_advice",
     "recommend": "advice",
+    "Curvature": "hessian",
     "check": "checking",
+    "curvature": "hessian",
     "Comparison": "comparison",
     "compare": "comparison",
     "CheckReport": "report",
@@ -67,6 +70,7 @@ __all__ = [
     "CaptureError",
     "CheckReport",
     "Comparison",
+    "Curvature",
     "GradStats",
     "GradStatsError",
     "GroupedLoader",
@@ -82,6 +86,7 @@ __all__ = [
     "backends",
     "check",
     "compare",
+    "curvature",
     "measure_step",
     "optim",
     "recommend",

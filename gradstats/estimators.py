@@ -39,6 +39,8 @@ class NoiseScale:
     that of ``attach``; ``calibration`` the factor that a proxy's noise scale was multiplied by, ``None``
     where it was not. ``tokens_per_sample``: tokens that a sample holds on average, where known.
     ``note``: what else is to be said of it.
+    ``geometry``: see ``attach``; in others than "plain", the ratio of ``tr_sigma`` to ``true_grad_sq_norm``
+    is of what stands for them there (for "sign", its root).
     """
 
     value: float
@@ -55,6 +57,7 @@ class NoiseScale:
     calibration: float | None = None
     tokens_per_sample: float | None = None
     note: str = ""
+    geometry: str = "plain"
 
     @property
     def actionable(self) -> bool:

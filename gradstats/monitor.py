@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from gradstats import advice, estimators
 from gradstats.calls import require_no_capture
+from gradstats.distributed import unwrapped
 from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
+from gradstats.geometry import Geometry
+from gradstats.hessian import Curvature, curvature
 from gradstats.layouts import StepSeconds
 from gradstats.micro_batch import MicroBatches
 from gradstats.momentum_reader import MomentumReader
@@ -47,6 +50,7 @@ def attach(
     calibration: float | None = None,
     tokens_per_sample: float | None = None,
     from_momentum: bool = False,
+    geometry: str | Sequence[str] = (),
 ) -> Monitor:
     """Measure per-sample gradient statistics in the ordinary backward passes of `model`.
 
@@ -96,6 +100,9 @@ def attach(
             AdamW, PerSampleAdam, AdaScale), which averages over more samples than a step. Where the buffer
             is not what it should be, or the gradient turns within its memory, |G|² comes from single
             steps as ever, and the noise scale says why.
+        geometry: follow the noise scale of each layer, and in the optimizer's eyes, over the last 1000
+            steps: "plain", "adam" (with Adam's preconditioner), "sign" (of steps by sign), or several.
+            The last two need `moments=True` and the optimizer. See `Monitor.layer_noise_scales`.
 
     Raises:
         AttachError: no trainable parameter, attached already, several devices, tensor parallel or FSDP1,
@@ -121,6 +128,7 @@ def attach(
         calibration=calibration,
         tokens_per_sample=tokens_per_sample,
         from_momentum=from_momentum,
+        geometry=(geometry,) if isinstance(geometry, str) else tuple(geometry),
     )
     return Monitor(model, options)
 
@@ -139,7 +147,9 @@ class Monitor:
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.every = options.every
         self._options = options
+        self._model = unwrapped(model)
         self._momentum = MomentumReader(model, options) if options.from_momentum else None
+        self._geometry = Geometry(model, options) if options.geometry else None
         self._source = SOURCES[options.method](model, options)
         self._attached = True
         self._steps = 0
@@ -178,6 +188,8 @@ class Monitor:
         self._series.add(stats)
         if self._momentum is not None:
             self._momentum.add(stats)
+        if self._geometry is not None:
+            self._geometry.add(stats)
         return self._next(stats)
 
     def samples(
@@ -233,12 +245,18 @@ class Monitor:
 
     # ---- reading -------------------------------------------------------------------------------
 
-    def noise_scale(self) -> estimators.NoiseScale:
+    def noise_scale(self, geometry: str = "plain") -> estimators.NoiseScale:
         """The smoothed gradient noise scale B_noise = tr(Σ)/|G|², with its interval, in samples.
 
         Waits for the device. Before any step, or after steps of one sample only, its value is NaN
-        and its sentence says why.
+        and its sentence says why. `geometry`: as `attach(geometry=...)` was told to follow; "plain"
+        always.
+
+        Raises:
+            InvalidArgumentError: a geometry that is not followed.
         """
+        if geometry != "plain":
+            return self._followed().noise_scale(geometry)
         series = self._read()
         noise = estimators.noise_scale(
             *series,
@@ -250,6 +268,37 @@ class Monitor:
             noise = self._momentum.adjust(noise, series)
         noise = replace(noise, tokens_per_sample=self._options.tokens_per_sample)
         return self._source.adjust(noise)
+
+    def layer_noise_scales(self, geometry: str = "plain") -> dict[str, estimators.NoiseScale]:
+        """The noise scale of each parameter, by name, in a geometry that `attach` was told to follow.
+
+        Raises:
+            InvalidArgumentError: it is not followed.
+        """
+        return self._followed().layers(geometry)
+
+    def _followed(self) -> Geometry:
+        if self._geometry is None:
+            raise InvalidArgumentError(
+                "no geometry is followed here: attach(..., geometry=...) with the ones wanted"
+            )
+        return self._geometry
+
+    def curvature(
+        self, loss_fn: Callable[[nn.Module, Any], Tensor], batches: Sequence[Any]
+    ) -> Curvature:
+        """tr(HΣ)/(GᵀHG) and the best learning rate, on demand; see `gradstats.curvature`.
+
+        Call it between two steps, every so many of them, and `merge` what it returns. Nothing of it
+        counts as a step.
+        """
+        source, options = self._source, self._options
+        enabled, source.enabled = source.enabled, False
+        try:
+            where = {"batch_dim": options.batch_dim, "confidence": options.confidence}
+            return curvature(self._model, loss_fn, batches, **where)  # type: ignore[arg-type]
+        finally:
+            source.enabled = enabled
 
     def calibrate(self, steps: int = 100) -> None:
         """Measure the next `steps` steps for all parameters, to learn what the proxy is to the model.
@@ -333,6 +382,7 @@ class Monitor:
             "sample": self._options.sample,
             "method": self._options.method,
             **self._source.state_dict(),
+            "geometry": None if self._geometry is None else self._geometry.state_dict(),
             "momentum": None if self._momentum is None else self._momentum.state_dict(),
         }
 
@@ -364,6 +414,8 @@ class Monitor:
         self._source.load_state_dict(dict(state))
         if self._momentum is not None and state.get("momentum") is not None:
             self._momentum.load_state_dict(state["momentum"])
+        if self._geometry is not None and state.get("geometry") is not None:
+            self._geometry.load_state_dict(state["geometry"])
         self._steps = state["steps"]
         self._source.enabled = self._steps % self.every == 0
         self._last_coverage, self._last_batch = float(state["coverage"]), state["batch_size"]

@@ -39,6 +39,7 @@ class Options:
     calibration: float | None
     tokens_per_sample: float | None
     from_momentum: bool
+    geometry: tuple[str, ...]
 
     def __post_init__(self) -> None:
         methods = ("per_sample", "norm_layers", "micro_batch", "ranks")
@@ -56,6 +57,8 @@ class Options:
         at_least("self_check", 1 if self.self_check is None else self.self_check, 1)
         estimators.noise_scale([], [], [], half_life=self.half_life, confidence=self.confidence)
         self._check_method()
+        for kind in self.geometry:
+            _one_of("geometry", kind, ("plain", "adam", "sign"))
         tokens = self.tokens_per_sample
         if tokens is not None and (self.sample == "token" or not 0 < tokens < math.inf):
             raise InvalidArgumentError(

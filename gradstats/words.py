@@ -16,6 +16,12 @@ _NEEDS = {
     "ranks": "two ranks of known weight",
 }
 _COMPARED = {"micro_batch": ", by comparing micro-batches", "ranks": ", by comparing ranks"}
+_GEOMETRY = {
+    "plain": "",
+    "adam": " under Adam's preconditioner",
+    "sign": " of steps by sign",
+    "hessian": " by curvature",
+}
 
 
 def sentence(noise: NoiseScale) -> str:
@@ -24,7 +30,7 @@ def sentence(noise: NoiseScale) -> str:
     basis += _COMPARED.get(noise.method, "")
     end = "up, no upper end" if math.isinf(noise.high) else f"to {readable(noise.high)}"
     range_ = f"({100 * noise.confidence:.3g}% interval {readable(noise.low)} {end})"
-    needs, name = _NEEDS[noise.method], "noise scale"
+    needs, name = _NEEDS[noise.method], f"noise scale{_GEOMETRY[noise.geometry]}"
     advice = [] if noise.actionable else ["too uncertain to act on: measure more steps"]
     if noise.uncalibrated:
         name += " of the normalisation layers"

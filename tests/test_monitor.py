@@ -242,6 +242,8 @@ EDGES = {
     "order": {"errors", "probes"},
     "self_check": {"errors", "ops", "probes", "reference"},
     "momentum": {"estimators"},
+    "hessian": {"batches", "calls", "errors", "estimators", "install"},
+    "geometry": {"distributed", "errors", "estimators", "options", "stats"},
     "momentum_reader": {
         "distributed",
         "errors",
@@ -302,8 +304,11 @@ EDGES = {
     "monitor": {
         "advice",
         "calls",
+        "distributed",
         "errors",
         "estimators",
+        "geometry",
+        "hessian",
         "layouts",
         "micro_batch",
         "momentum_reader",
