@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import rank_cases_ddp  # noqa: F401  (imported for the cases that they register)
+import rank_cases_bytes  # noqa: F401  (imported for the cases that they register)
+import rank_cases_ddp  # noqa: F401
 import rank_cases_faults  # noqa: F401
 import rank_cases_fsdp  # noqa: F401
 import rank_cases_parts  # noqa: F401

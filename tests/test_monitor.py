@@ -212,6 +212,7 @@ EDGES = {
     "timing": {"estimators", "kept", "step_time"},
     "layouts": {"estimators", "step_time"},
     "batch_advice": {"estimators"},
+    "collective_cost": {"estimators"},
     "comparison": {"estimators", "layouts", "step_time"},
     "advice": {"batch_advice", "estimators", "layouts", "step_time"},
     "words": {"estimators"},
