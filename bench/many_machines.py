@@ -55,9 +55,10 @@ HEAD = """\
 What `monitor.step()` sends between ranks, and what share of a training step that is. **Computed from
 formulas (`gradstats.collective_cost`), not measured**; the page is written by `bench/many_machines.py`.
 
-Nominal, and to be replaced by your own: a rank sends {between:.0f} GB/s at {latency:.0f} µs per message, within
-a node of {node} GPUs {inside:.0f} GB/s at {near:.0f} µs; an H100 computes {flops:.0f} TFLOP/s in bf16, of which
-training reaches {used:.0%}; a step is 6 FLOP per parameter and token, and everything else in it is hidden behind that. The
+Nominal, and to be replaced by your own: a rank sends {between:.0f} GB/s at {latency:.0f} µs per
+message, within a node of {node} GPUs {inside:.0f} GB/s at {near:.0f} µs; an H100 computes
+{flops:.0f} TFLOP/s in bf16, of which training reaches {used:.0%}; a step is 6 FLOP per parameter and
+token, and everything else in it is hidden behind that. The
 collective is hidden behind nothing. Ring and tree are the two shapes of `gradstats.collective_cost`;
 which one is taken is up to the communication library, its version and the layout of the nodes.
 
@@ -95,8 +96,8 @@ FSDP2 the gradients are gathered besides, and a whole weight-sized sum is kept o
 
 ## Decisions
 
-A scheduler's decision is two broadcasts of a pickled pair of numbers every `every` steps: below 200
-bytes to each rank that another one sends to, whatever the model.
+A scheduler's decision is two broadcasts of a pickled pair of numbers every `every` steps: some 240
+bytes to each other rank with gloo, headers included, whatever the model.
 
 ## Bytes really sent
 

@@ -32,7 +32,7 @@ def measure_step(
     warmup: int = 2,
     rounds: int = 7,
     memory: bool = True,
-    memory_bytes: int | None = None,
+    memory_bytes: float | None = None,
     process_group: Any = None,
 ) -> StepTime:
     """Time whole optimizer steps at several batch sizes: ``monitor.recommend(step_seconds=...)`` takes it.
@@ -67,7 +67,8 @@ def measure_step(
     statistics; on the CPU every allocation and release that the profiler records, which sees buffers
     inside operators and not what libraries or Python allocate by other means; elsewhere not measured.
     Where several processes train together, all call it alike. A step counts with the slowest rank's
-    seconds and the largest rank's memory, and every rank gets the same result, to the bit.
+    seconds and the largest rank's memory, the smallest `memory_bytes` holds for all, and every rank gets
+    the same result, to the bit.
 
     Raises InvalidArgumentError for sizes that are too few or out of range, or do not fit the memory. An
     error of `step`, running out of memory included, is passed on.
@@ -88,13 +89,13 @@ def measure_step(
     put_back = kept(restore)
     ranks = _Ranks(process_group)
     try:
-        if memory_bytes is None and device.type == "cuda":
+        if memory_bytes is None:
             memory_bytes = _free_bytes(device)
+        limit = -ranks.largest([-memory_bytes])[0]  # the rank with the least decides for all
         peaks: dict[int, int] = {}
         for m in list(sizes):
             expected = peak_at(peaks, m)
-            too_much = memory_bytes is not None and expected is not None and expected > memory_bytes
-            if ranks.any(too_much):
+            if expected is not None and expected > limit:
                 sizes = [size for size in sizes if size < m]
                 break
             for k in counts:
@@ -103,11 +104,8 @@ def measure_step(
             peak = _peak_bytes(lambda m=m: step(m, counts[-1]), device) if memory else None  # type: ignore[misc]
             if peak is not None:
                 peaks[m] = int(ranks.largest([peak])[0])
-        too_large = [
-            ranks.any(memory_bytes is not None and peaks.get(m, 0) > memory_bytes) for m in sizes
-        ]
-        fitting = [m for m, no in zip(sizes, too_large, strict=True) if not no]
-        needs = f"of these only {fitting} fit memory_bytes={memory_bytes}; pass smaller sizes"
+        fitting = [m for m in sizes if peaks.get(m, 0) <= limit]
+        needs = f"of these only {fitting} fit memory_bytes={limit:.0f}; pass smaller sizes"
         require(len(fitting) > 1, "micro_batch_sizes", micro_batch_sizes, needs)
         kinds = [(m, k) for m in fitting for k in counts]
         once = [_seconds(step, kind, 1, device) for kind in kinds]
@@ -120,7 +118,7 @@ def measure_step(
         {kind: flat[i * rounds : (i + 1) * rounds] for i, kind in enumerate(kinds)},
         peak_bytes={(m, counts[-1]): peak for m, peak in peaks.items()},
         world_size=ranks.size,
-        memory_bytes=memory_bytes,
+        memory_bytes=None if math.isinf(limit) else int(limit),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     )
 
@@ -157,11 +155,13 @@ def _wait(device: torch.device) -> None:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def _free_bytes(device: torch.device) -> int:
-    """What the device has left, with what torch's allocator holds unused."""
+def _free_bytes(device: torch.device) -> float:
+    """What a CUDA device has left, with what torch's allocator holds unused; elsewhere no limit is known."""
+    if device.type != "cuda":
+        return math.inf
     free = torch.cuda.mem_get_info(device)[0]
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + unused)
+    return float(free + unused)
 
 
 def _peak_bytes(step: Callable[[], Any], device: torch.device) -> int | None:
@@ -205,9 +205,6 @@ class _Ranks:
         every: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(every, list(values), group=self._group)
         return [max(column) for column in zip(*every, strict=True)]
-
-    def any(self, holds: bool) -> bool:
-        return bool(self.largest([float(holds)])[0])
 
 
 def _device(things: Sequence[Any]) -> torch.device:

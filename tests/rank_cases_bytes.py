@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -32,14 +34,20 @@ LAYERS, WIDTH = 60, 16
 def sent() -> int:
     """Bytes that the other ends of this process's TCP connections have acknowledged."""
     total = 0
-    for fd in os.listdir("/proc/self/fd"):
+    for link in Path("/proc/self/fd").iterdir():
         try:
-            with socket.socket(fileno=os.dup(int(fd))) as end:
-                info = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
-        except OSError:  # no socket, or none of TCP
+            copy = os.dup(int(link.name))
+        except OSError:  # the one that lists the folder
             continue
-        if len(info) == 136:  # struct tcp_info: tcpi_bytes_acked
-            total += struct.unpack_from("Q", info, 120)[0]
+        try:
+            end = socket.socket(fileno=copy)
+        except OSError:  # no socket
+            os.close(copy)
+            continue
+        with end, contextlib.suppress(OSError):  # raised by sockets that are not TCP's
+            info = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+            if len(info) == 136:  # struct tcp_info: tcpi_bytes_acked
+                total += struct.unpack_from("Q", info, 120)[0]
     return total
 
 

@@ -20,6 +20,7 @@ import rank_cases_faults  # noqa: F401
 import rank_cases_fsdp  # noqa: F401
 import rank_cases_parts  # noqa: F401
 import rank_cases_schedulers  # noqa: F401
+import rank_cases_timing  # noqa: F401
 import rank_cases_uneven  # noqa: F401
 import torch
 import torch.distributed as dist
