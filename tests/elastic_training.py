@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 import gradstats
 from gradstats.schedulers import noise_scale
 
-STEPS, EVERY = 24, 3
+STEPS, EVERY = 30, 3
 DEATHS = {0: (1, 8, "backward"), 1: (0, 15, "checkpoint")}  # by restarts: rank, step, where
 
 
@@ -45,8 +45,8 @@ class Skewed:
 def train(place: Path, rank: int, death: tuple[int, int, str] | None) -> None:
     """From the checkpoint, if there is one, to step `STEPS`, or to this rank's death."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(211, 6, generator=generator)
-    data = TensorDataset(torch.arange(211), x, x[:, :3] + torch.randn(211, 3, generator=generator))
+    x = torch.randn(101, 6, generator=generator)
+    data = TensorDataset(torch.arange(101), x, x[:, :3] + torch.randn(101, 3, generator=generator))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     run = DistributedDataParallel(model)

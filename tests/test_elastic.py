@@ -58,5 +58,5 @@ def test_a_rank_that_dies_resumes_the_same_decisions(tmp_path):
         for s in steps
         for i in s["samples"]
     ]
-    assert len(taken) > 211
-    assert sorted(taken[:211]) == list(range(211))  # an epoch with an uneven end, each sample once
+    assert len(taken) > 101
+    assert sorted(taken[:101]) == list(range(101))  # an epoch with an uneven end, each sample once
