@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Literal, get_args
 
 from gradstats.batch_advice import BatchSizeAdvice, CurvePoint
+from gradstats.errors import InvalidArgumentError
 from gradstats.estimators import NoiseScale, require, steps_ratio, whole
 from gradstats.layouts import LARGEST, Clock, Layout, StepSeconds, offered, split, step_clock
 from gradstats.step_time import StepTime
@@ -62,6 +63,7 @@ def recommend(
     goal: Goal = "time",
     steps_left: int | None = None,
     device_hour_price: float | None = None,
+    tokens_per_sample: float | None = None,
 ) -> BatchSizeAdvice:
     """Advise on the global batch size. Bad arguments raise ``InvalidArgumentError``.
 
@@ -87,8 +89,15 @@ def recommend(
         steps_left: steps that the target would still take at the present batch size; hours and prices
             are then given too.
         device_hour_price: of one rank's device, in any currency.
+        tokens_per_sample: where ``noise`` and ``batch_size`` are in tokens (``attach(sample="token")``),
+            and all else, the advice included, is in samples of so many tokens each.
     """
     now, world = whole("batch_size", batch_size), whole("world_size", world_size)
+    if tokens_per_sample is not None:
+        valid = 0 < tokens_per_sample < math.inf
+        require(valid, "tokens_per_sample", tokens_per_sample, "pass a number above 0")
+        noise = noise.per(tokens_per_sample)
+        now = max(1, round(now / tokens_per_sample / world)) * world
     require(now % world == 0, "batch_size", now, f"pass a multiple of world_size={world}")
     most = whole("max_batch_size", max_batch_size, LARGEST)
     require(most >= now, "max_batch_size", most, f"it must not be below batch_size={now}")
@@ -146,6 +155,20 @@ def recommend(
         present=point(start),
         steps_left=steps_left,
     )
+
+
+def require_one_unit(sample: str, timed: StepSeconds | None, tokens: float | None) -> None:
+    """Raise where a monitor's counts and the times that it is given are not of the same kind."""
+    if sample == "token" and isinstance(timed, StepTime) and tokens is None:
+        raise InvalidArgumentError(
+            "this monitor counts tokens, and measure_step timed micro-batches of whole samples; pass "
+            "tokens_per_sample=, the (mean) number of tokens in a sample"
+        )
+    if sample != "token" and tokens is not None:
+        raise InvalidArgumentError(
+            f"tokens_per_sample={tokens} cannot be used; this monitor counts examples, so its batch "
+            'sizes are in samples already. attach(..., sample="token") counts tokens'
+        )
 
 
 def _worlds(given: Mapping[int, float], now: int, timed: object) -> Mapping[int, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -77,6 +77,14 @@ class NoiseScale:
     def tokens(self) -> float | None:
         """The value in tokens, where it is known how many a sample holds."""
         return None if self.tokens_per_sample is None else self.value * self.tokens_per_sample
+
+    def per(self, tokens: float) -> NoiseScale:
+        """Of samples that are means over so many tokens each, where this is of tokens.
+
+        Their variance is a ``tokens``-th of a token's, and so is the noise scale. Counts stay.
+        """
+        scaled = {k: getattr(self, k) / tokens for k in ("value", "low", "high", "tr_sigma")}
+        return replace(self, **scaled)
 
     def to_dict(self) -> dict[str, float | int | str | None]:
         """The fields as JSON can hold them: what is not finite becomes ``None``."""

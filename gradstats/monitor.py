@@ -332,7 +332,9 @@ class Monitor:
 
         Raises:
             NoStatisticsError: nothing was measured yet.
+            InvalidArgumentError: times of whole samples where tokens are counted.
         """
+        advice.require_one_unit(self.sample, step_seconds, options.get("tokens_per_sample"))
         ranks = self._source.size
         if batch_size is None and self._last_batch is not None:
             batch_size = math.ceil(int(self._last_batch) / ranks) * ranks

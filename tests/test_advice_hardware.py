@@ -256,9 +256,43 @@ def test_a_monitor_recommends_from_its_own_step():
     assert advice.price == pytest.approx(advice.hours)
 
 
+def test_a_noise_scale_in_tokens_is_brought_to_the_samples_that_were_timed():
+    """312 samples of 50 tokens are 15,600 tokens: the same advice."""
+    tokens = recommend(
+        measured(15_600, 12_000, 20_500),
+        batch_size=3200,
+        step_seconds=timing(),
+        tokens_per_sample=50,
+    )
+    samples = recommend(measured(), batch_size=64, step_seconds=timing())
+    layout = ("batch_size", "micro_batch_size", "accumulation_steps", "low", "high", "present")
+    assert [getattr(tokens, key) for key in layout] == [getattr(samples, key) for key in layout]
+    assert tokens.seconds == pytest.approx(samples.seconds)
+    few = recommend(measured(), batch_size=3, tokens_per_sample=50, world_size=1)
+    assert few.present_batch_size == 1
+
+
+def test_monitors_of_tokens_are_told_how_many_a_sample_has():
+    torch.manual_seed(0)
+    model, options = nn.Linear(3, 2), {"step_seconds": timing()}
+    with gradstats.attach(model, sample="token") as monitor:
+        model(torch.randn(16, 5, 3)).square().mean().backward()
+        monitor.step()
+        assert monitor.recommend().present_batch_size == 80
+        assert monitor.recommend(**options, tokens_per_sample=5).present_batch_size == 16
+        with pytest.raises(InvalidArgumentError, match=r"counts tokens.*pass tokens_per_sample="):
+            monitor.recommend(**options)
+    with gradstats.attach(model) as monitor:
+        model(torch.randn(16, 5, 3)).square().mean().backward()
+        monitor.step()
+        with pytest.raises(InvalidArgumentError, match=r"tokens_per_sample=5.*counts examples"):
+            monitor.recommend(**options, tokens_per_sample=5)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"tokens_per_sample": 0}, "tokens_per_sample=0 cannot be used"),
         ({"step_seconds": timing(world_size=2)}, r"measured with 2 ranks.*world sizes \[1\]"),
         ({"goal": "fame"}, r"goal='fame' cannot be used; pass one of \('time', 'cost'\)"),
         ({"steps_left": 0}, "steps_left=0.*at least 1"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from gradstats.errors import InvalidArgumentError
@@ -231,17 +231,10 @@ class BatchSizeScheduler:
         )
 
     def _noise(self) -> NoiseScale | None:
-        """In the loader's samples: a mean over T tokens each has a T-th of the variance."""
+        """In the loader's samples."""
         if self._monitor is None:
             return None
-        noise, tokens = self._monitor.noise_scale(), self._tokens
-        return replace(
-            noise,
-            value=noise.value / tokens,
-            low=noise.low / tokens,
-            high=noise.high / tokens,
-            tr_sigma=noise.tr_sigma / tokens,
-        )
+        return self._monitor.noise_scale().per(self._tokens)
 
     def _wanted(self, seen: Seen) -> float:
         wanted = float(self._policy(seen))
