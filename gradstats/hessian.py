@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gradstats.batches import Samples
 from gradstats.calls import random_state, restore_random_state
-from gradstats.errors import InvalidArgumentError, UnsupportedLayerError
+from gradstats.errors import GradStatsError, InvalidArgumentError, UnsupportedLayerError
 from gradstats.estimators import NoiseScale, noise_scale, readable
 from gradstats.install import ENTRY
 
@@ -140,8 +140,10 @@ def curvature(
     rng = random_state(params[0].device)
     try:
         return _measure(model, loss_fn, batches, params, sizes.pop(), confidence)
+    except GradStatsError:
+        raise
     except RuntimeError as error:
-        if not any(word in str(error) for word in ("derivative", "differentia", "once")):
+        if not any(word in str(error) for word in ("derivative", "differentia")):
             raise
         raise UnsupportedLayerError(
             f"the backward of {type(model).__name__} cannot be differentiated, which curvature needs "
@@ -163,19 +165,14 @@ def _measure(
     size: int,
     confidence: float,
 ) -> Curvature:
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
 
     def gradient(batch: Any, graph: bool) -> list[Tensor]:
         with torch.enable_grad():
             loss = loss_fn(model, batch)
             found = torch.autograd.grad(loss, params, create_graph=graph, allow_unused=True)
-        for g, (name, p) in zip(found, named, strict=True):
-            if graph and g is not None and not g.requires_grad:
-                raise UnsupportedLayerError(
-                    f"the gradient of parameter {name!r} {tuple(p.shape)} depends on no parameter: the loss"
-                    " is linear and has no curvature, or an operation's backward cannot be "
-                    "differentiated, and the curvature would be wrong. Replace that operation."
-                )
+        if graph:
+            _require_differentiable(found, names)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
 
     a, b = (gradient(batch, False) for batch in batches[:2])
@@ -190,6 +187,30 @@ def _measure(
         a, b = b, [g.detach() for g in c]
     tr_h_sigma, g_h_g, true, tr_sigma = map(tuple, torch.stack(rows).t().tolist())
     return Curvature(size, tr_h_sigma, g_h_g, true, tr_sigma, confidence)
+
+
+def _require_differentiable(grads: Sequence[Tensor | None], names: Sequence[str]) -> None:
+    """Autograd leaves out what it cannot differentiate, without a word, where no path leads through it."""
+    todo = []
+    for grad, name in zip(grads, names, strict=True):
+        if grad is not None and grad.grad_fn is None:
+            raise UnsupportedLayerError(
+                f"the gradient of parameter {name!r} {tuple(grad.shape)} depends on no parameter: the loss "
+                "is linear and has no curvature, or an operation's backward cannot be differentiated, and the "
+                "curvature would be wrong. Replace that operation."
+            )
+        todo += [] if grad is None else [grad.grad_fn]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if node.name() == "torch::autograd::Error":
+            raise UnsupportedLayerError(
+                "an operation of the model is marked as differentiable once (once_differentiable), so the "
+                "curvature would be wrong. Replace that operation."
+            )
+        new = {f for f, _ in node.next_functions if f is not None} - seen
+        seen |= new
+        todo += new
 
 
 def _product(grads: list[Tensor], params: list[Tensor], vector: list[Tensor]) -> list[Tensor]:

@@ -323,12 +323,14 @@ class Monitor:
         max_batch_size: int | None = None,
         batch_size: int | None = None,
         learning_rate: float | None = None,
+        geometry: str = "plain",
         **options: Any,
     ) -> advice.BatchSizeAdvice:
         """The batch size that the measured noise scale calls for; see `gradstats.recommend`.
 
         `batch_size` is the present one (default: samples in the last step), `learning_rate` the
-        present rate (default: the optimizer's, where `attach` was given one); `options` are its others.
+        present rate (default: the optimizer's, where `attach` was given one); `geometry` that of the noise
+        scale to go by; `options` are its others.
 
         Raises:
             NoStatisticsError: nothing was measured yet.
@@ -349,7 +351,7 @@ class Monitor:
             if learning_rate is None:
                 learning_rate = float(self._options.optimizer.param_groups[0]["lr"])
         return advice.recommend(
-            self.noise_scale(),
+            self.noise_scale(geometry),
             batch_size=batch_size,
             learning_rate=learning_rate,
             optimizer=name,

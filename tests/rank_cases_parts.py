@@ -11,7 +11,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from rank_tools import Collectives, case, same_everywhere, uneven
+from models import loss
+from rank_tools import (
+    Collectives,
+    case,
+    contributions,
+    mine,
+    same_everywhere,
+    setup,
+    uneven,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -188,3 +197,38 @@ def ranks_misused(rank: int, world: int) -> dict[str, str]:
     assert monitor.step() is None
     good()
     return found
+
+
+@case(0)
+def normalisation_layers_on_ranks(rank: int, world: int) -> None:
+    """The proxy, its calibration, and |G|² from momentum: alike on all ranks, and of all samples."""
+    sizes = uneven(world)
+    model, batch = setup("layer_norm", sizes)
+    true = contributions(model, batch, sizes)
+    run = DDP(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0, momentum=0.9)
+    monitor = gradstats.attach(
+        run, method="norm_layers", optimizer=optimizer, from_momentum=True, geometry="plain"
+    )
+    monitor.calibrate(14)
+    for _ in range(28):
+        optimizer.zero_grad()
+        loss(run, mine(batch, sizes)).backward()
+        stats = monitor.step()
+        optimizer.step()
+        part = torch.cat([true[n].reshape(sum(sizes), -1) for n in stats.coverage.names], 1)
+        near(stats.tr_sigma, float(part.var(0).sum()))
+        assert stats.coverage.missing
+    assert len(monitor._source.parameters) == len(stats.coverage.names) < len(true)
+    whole = torch.cat([g.reshape(sum(sizes), -1) for g in true.values()], 1)
+
+    def scale(g: Tensor) -> float:
+        tr = g.var(0).sum()
+        return float(tr / (g.mean(0).square().sum() - tr / len(g)))
+
+    factor = monitor._source.calibration
+    if factor.usable:  # the same batch in every step: known exactly, where |G|² came out above zero
+        near(factor.value, scale(whole) / scale(part))
+    noise = monitor.noise_scale()
+    same_everywhere(noise.value, noise.low, noise.high, factor.value)
+    assert monitor._momentum._weights.breaks == 0
