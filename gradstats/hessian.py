@@ -196,8 +196,8 @@ def _require_differentiable(grads: Sequence[Tensor | None], names: Sequence[str]
         if grad is not None and grad.grad_fn is None:
             raise UnsupportedLayerError(
                 f"the gradient of parameter {name!r} {tuple(grad.shape)} depends on no parameter: the loss "
-                "is linear and has no curvature, or an operation's backward cannot be differentiated, and the "
-                "curvature would be wrong. Replace that operation."
+                "is linear and has no curvature, or an operation's backward cannot be differentiated, and "
+                "the curvature would be wrong. Replace that operation."
             )
         todo += [] if grad is None else [grad.grad_fn]
     seen = set(todo)
@@ -206,7 +206,7 @@ def _require_differentiable(grads: Sequence[Tensor | None], names: Sequence[str]
         if node.name() == "torch::autograd::Error":
             raise UnsupportedLayerError(
                 "an operation of the model is marked as differentiable once (once_differentiable), so the "
-                "curvature would be wrong. Replace that operation."
+                "the curvature would be wrong. Replace that operation."
             )
         new = {f for f, _ in node.next_functions if f is not None} - seen
         seen |= new

@@ -22,6 +22,7 @@ def examples(page: str) -> list[str]:
 
 LOOP, DECAY, ADASCALE, CHECKPOINT = examples("training.md")
 TIMED, RECOMMENDED, COMPARED = examples("choosing.md")
+PROXY, PARTS, MOMENTUM, GEOMETRY, CURVATURE = examples("noise.md")
 
 
 @pytest.fixture
@@ -100,3 +101,36 @@ def test_the_step_is_timed_and_the_advice_rests_on_it(names, capsys):
     out = capsys.readouterr().out
     assert out.startswith("a step takes ")
     assert "1,000 steps of 64 (64,000 samples) get " in out
+
+
+def test_methods(names, capsys):
+    with pytest.raises(gradstats.AttachError, match="no trainable normalisation layer"):
+        exec(PROXY, names)
+    names["monitor"].detach()
+    names["model"] = nn.Sequential(nn.Linear(6, 3), nn.LayerNorm(3))
+    exec(PROXY, names)
+    assert names["monitor"]._source.calibration is None
+    names["monitor"].detach()
+    x, y = names["dataset"].tensors
+    pairs = list(zip(x.split(16), y.split(16), strict=True))
+    names["steps"] = [pairs[i : i + 4] for i in range(0, len(pairs), 4)]
+    exec(PARTS, names)
+    assert "in 10 steps, by comparing micro-batches" in capsys.readouterr().out
+
+
+def test_what_the_optimizer_sees(names, capsys):
+    names["optimizer"] = torch.optim.Adam(names["model"].parameters(), 1e-3)
+    x, y = names["dataset"].tensors
+    names["loader"] = list(zip(x.split(16), y.split(16), strict=True))
+    names["monitor"].detach()
+    exec(MOMENTUM, names)
+    names["monitor"].detach()
+    exec(GEOMETRY, names)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("noise scale under Adam's preconditioner ")
+    assert [line.split()[0] for line in lines[1:]] == ["weight", "bias"]
+    assert names["advice"].batch_size >= 1
+    names["loss_fn_of_batch"] = lambda model, batch: names["loss_fn"](model(batch[0]), batch[1])
+    names["batches"] = names["loader"][:15]
+    exec(CURVATURE, names)
+    assert "the best learning rate of plain SGD is" in capsys.readouterr().out
