@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import statistics
@@ -20,7 +19,7 @@ from gradstats.estimators import NoiseScale
 
 READ_EVERY = 10  # steps between readings of the noise scale, each of which waits for the device
 HALF_LIFE = 50.0  # steps; short, since the noise scale grows quickly early in training
-TIMED_STEPS = 5  # per batch size, after one to warm up
+TIMED_STEPS = 5  # turns of each batch size, after a step to warm up
 
 
 @dataclass(frozen=True)
@@ -166,21 +165,25 @@ def _add_layers(totals: dict[str, float], stats: gradstats.GradStats) -> None:
 def time_steps(task: Task, batch_size: int, seconds: dict[int, float]) -> None:
     """Fill in the median seconds of a plain step at sizes from a quarter to four times the present.
 
-    The steps are real ones, of a copy of the model and its optimizer; sizes take turns, so that
-    what else the machine does falls on all alike.
+    The steps are real ones, and everything is as before when they are done.
     """
-    model, optimizer = copy.deepcopy((task.model, task.optimizer))
     generator = torch.Generator().manual_seed(0)
-    sizes = [batch_size * n // 4 for n in (1, 2, 4, 8, 16) if batch_size * n >= 4]
-    trials: dict[int, list[float]] = {size: [] for size in sizes}
-    for _ in range(1 + TIMED_STEPS):
-        for size in sizes:
-            start = time.perf_counter()
-            loss_of(model, task.draw(size, generator)).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad()
-            trials[size].append(time.perf_counter() - start)
-    seconds.update({size: statistics.median(times[1:]) for size, times in trials.items()})
+
+    def step(size: int, _: int) -> None:
+        loss_of(task.model, task.draw(size, generator)).backward()  # type: ignore[no-untyped-call]
+        task.optimizer.step()
+        task.optimizer.zero_grad()
+
+    timing = gradstats.measure_step(
+        step,
+        [batch_size * n // 4 for n in (1, 2, 4, 8, 16) if batch_size * n >= 4],
+        restore=(task.model, task.optimizer),
+        accumulation_steps=(1,),
+        warmup=1,
+        rounds=TIMED_STEPS,
+        memory=False,
+    )
+    seconds.update({point.micro_batch_size: point.seconds for point in timing.points})
 
 
 def _mean_loss(rows: list[dict[str, Any]]) -> float | None:
