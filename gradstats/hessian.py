@@ -191,7 +191,7 @@ def _measure(
 
 def _require_differentiable(grads: Sequence[Tensor | None], names: Sequence[str]) -> None:
     """Autograd leaves out what it cannot differentiate, without a word, where no path leads through it."""
-    todo = []
+    todo: list[Any] = []
     for grad, name in zip(grads, names, strict=True):
         if grad is not None and grad.grad_fn is None:
             raise UnsupportedLayerError(
@@ -206,7 +206,7 @@ def _require_differentiable(grads: Sequence[Tensor | None], names: Sequence[str]
         if node.name() == "torch::autograd::Error":
             raise UnsupportedLayerError(
                 "an operation of the model is marked as differentiable once (once_differentiable), so the "
-                "the curvature would be wrong. Replace that operation."
+                "curvature would be wrong. Replace that operation."
             )
         new = {f for f, _ in node.next_functions if f is not None} - seen
         seen |= new
