@@ -65,7 +65,12 @@ class Calibration:
         if not math.isfinite(noise.value):
             low, high = noise.low * self.low, math.inf
         return replace(
-            noise, value=noise.value * self.value, low=low, high=high, calibration=self.value
+            noise,
+            value=noise.value * self.value,
+            low=low,
+            high=high,
+            tr_sigma=noise.tr_sigma * self.value,  # so that the ratio is the value here too
+            calibration=self.value,
         )
 
 

@@ -46,9 +46,15 @@ def sign_moments(
 
     `momentum`: of earlier steps, with none of these samples.
     """
-    n = torch.as_tensor(samples, dtype=var.dtype, device=var.device)
     # Of N normal samples, the mean of the standard deviation over the true one.
-    short = torch.exp(torch.lgamma(n / 2) - torch.lgamma((n - 1) / 2)) * torch.sqrt(2 / (n - 1))
+    n, short = samples, torch.full((), torch.nan, dtype=torch.float64, device=var.device)
+    if isinstance(n, Tensor):
+        n = n.double()
+        short = torch.exp(torch.lgamma(n / 2) - torch.lgamma((n - 1) / 2)) * torch.sqrt(2 / (n - 1))
+    elif n > 1:
+        short = short.fill_(
+            math.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2)) * (2 / (n - 1)) ** 0.5
+        )
     return var.sqrt().sum() / short, (momentum.sign() * grad).sum()
 
 

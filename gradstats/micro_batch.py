@@ -16,7 +16,7 @@ from gradstats.order import Order
 from gradstats.part_source import PartSource
 from gradstats.parts import Call, sq_norms
 from gradstats.probes import Delivery, Ledger
-from gradstats.record import held
+from gradstats.record import held, numbers_on
 from gradstats.stats import GradStats
 
 
@@ -66,6 +66,10 @@ class MicroBatches(PartSource):
         self._ledger.deliveries[-1].rows = sq_norms(grown, self.device)
         self._before = []
 
+    def require_unchanged(self) -> None:
+        """Raises OrderError where the gradients that were read had been changed before."""
+        self._order.require_unchanged()
+
     def measure(self) -> GradStats:
         try:
             self._order.require_intact()
@@ -95,8 +99,8 @@ class MicroBatches(PartSource):
                 'backward() between two calls of step(). Accumulate at least two, or use method="per_sample".'
             )
         self._several |= len(found) >= 2
-        sizes = torch.tensor([float(d.batch) for d in found], dtype=torch.float64)
+        sizes = numbers_on(tuple([d.batch for d in found]), self.device)
         rows = torch.stack([d.rows for d in found if d.rows is not None], 1)
         grads = sq_norms([p.grad for p in self.params()], self.device)
         ok = torch.ones(len(self.names), dtype=torch.bool, device=self.device)
-        return self.build(sizes.to(self.device), rows, grads, ok)
+        return self.build(sizes, rows, grads, ok)

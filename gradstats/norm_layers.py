@@ -20,6 +20,7 @@ from gradstats.errors import AttachError
 from gradstats.estimators import NoiseScale
 from gradstats.options import Options
 from gradstats.per_sample import PerSample
+from gradstats.record import indices_on
 from gradstats.stats import Coverage, GradStats, Moments
 
 METHOD = "norm_layers"
@@ -80,7 +81,7 @@ class NormLayers(PerSample):
         """Of the normalisation layers alone; what else is trained counts as not measured."""
         seen = stats.coverage
         keep = [i for i, name in enumerate(seen.names) if name in self._chosen]
-        rows = torch.tensor(keep, device=seen.measured_mask.device)
+        rows = indices_on(tuple(keep), seen.measured_mask.device)
         names = tuple([seen.names[i] for i in keep])
         sizes = tuple([seen.sizes[i] for i in keep])
         ok = seen.measured_mask[rows]

@@ -15,6 +15,7 @@ from gradstats.errors import AttachError
 from gradstats.estimators import NoiseScale
 from gradstats.options import Options
 from gradstats.parts import Call, Forwards
+from gradstats.record import indices_on
 from gradstats.stats import Coverage, GradStats
 
 
@@ -87,7 +88,7 @@ class PartSource:
         if self._loss_scale is not None:
             unit = unit / self._loss_scale.factor(sq_norms)
         keep = [i for i, p in enumerate(params) if p.requires_grad]
-        rows = torch.tensor(keep, device=ok.device)
+        rows = indices_on(tuple(keep), ok.device)
         names = tuple([self.names[i] for i in keep])
         numels = tuple([params[i].numel() for i in keep])
         causes = tuple([(mask[rows], text) for mask, text in causes])

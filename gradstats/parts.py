@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from gradstats.calls import tensors_in
 from gradstats.errors import BatchDimError, InvalidArgumentError
 from gradstats.ops import call
-from gradstats.record import held
+from gradstats.record import flags_on, held
 from gradstats.stats import Coverage, GradStats
 
 
@@ -90,7 +90,7 @@ def sq_norms(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
     values = call.multi_sq_norm(found).double()
     if all(there):
         return values  # type: ignore[no-any-return]
-    return norms.masked_scatter_(torch.tensor(there, device=device), values)
+    return norms.masked_scatter_(flags_on(tuple(there), device), values)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from gradstats.errors import AttachError, GradStatsError, NoStatisticsError, Ord
 from gradstats.options import Options
 from gradstats.part_source import PartSource
 from gradstats.parts import Call, sq_norms
-from gradstats.record import held
+from gradstats.record import flags_on, held
 from gradstats.stats import GradStats
 
 UNSEEN = "it was frozen when attach() was called, so this rank's own gradient was not seen"
@@ -125,7 +125,7 @@ class RankMeans(PartSource):
         own, grads = every[:, 2 : 2 + rows].t(), every[:, 2 + rows :]
         high, low = grads.amax(0), grads.amin(0)
         apart = high - low > AGREEMENT * high
-        unseen = torch.tensor(self._watched, device=self.device).logical_not_()
+        unseen = ~flags_on(tuple(self._watched), self.device)
         lost = (failed > 0).expand(rows)
         ok = ~apart & ~unseen & ~lost
         causes = ((lost, FAILED), (apart, APART), (unseen, UNSEEN))

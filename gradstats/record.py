@@ -118,17 +118,17 @@ def gather(
     received = tuple([p.requires_grad and p.grad is not None for p in params])
     present = received if absent is None else tuple([not yes for yes in absent])
     if not all(present):  # no gradient, no contribution: measured, as zero
-        ok = ok | ~_on_device(present, delivered.device)
+        ok = ok | ~flags_on(present, delivered.device)
     lost = None
     if present is not received:
         without = tuple([a and not b for a, b in zip(present, received, strict=True)])
         if any(without):
-            lost = _on_device(without, delivered.device)
+            lost = flags_on(without, delivered.device)
             ok = ok & ~lost
     if strays is not None:
         ok = ok & ~strays
     if reasons:
-        ok = ok & ~_on_device(tuple(name in reasons for name in names), delivered.device)
+        ok = ok & ~flags_on(tuple(name in reasons for name in names), delivered.device)
     grad_sq = _grad_sq_norms(params, received, delivered)
     return Local(sum(g.batch for g in groups), delivered, ok, grad_sq, trainable, lost, strays)
 
@@ -187,7 +187,7 @@ def build(
         causes = ((local.strays, STRAYS), *causes)
     if not all(local.trainable):
         indices = tuple([i for i, yes in enumerate(local.trainable) if yes])
-        part = _indices(indices, sq_norm.device)
+        part = indices_on(indices, sq_norm.device)
         sq_norm, grad_sq, ok = sq_norm[part], grad_sq[part], ok[part]
         means = None if means is None else means[part]
         causes = tuple([(mask[part], text) for mask, text in causes])
@@ -217,15 +217,21 @@ def _trainable(
     )
 
 
-# Kept, because a copy to the device waits for it. Two functions: (0, 1) == (False, True) as a key.
+# Kept, because a copy to the device waits for it. Functions of their own: (0, 1) == (False, True) as a key.
 @lru_cache(maxsize=64)
-def _indices(indices: tuple[int, ...], device: torch.device) -> Tensor:
+def indices_on(indices: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(indices, dtype=torch.long, device=device)
 
 
 @lru_cache(maxsize=64)
-def _on_device(flags: tuple[bool, ...], device: torch.device) -> Tensor:
+def flags_on(flags: tuple[bool, ...], device: torch.device) -> Tensor:
     return torch.tensor(flags, device=device)
+
+
+@lru_cache(maxsize=64)
+def numbers_on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """In float64."""
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 def _grad_sq_norms(params: Sequence[Tensor], received: Sequence[bool], like: Tensor) -> Tensor:
@@ -235,7 +241,7 @@ def _grad_sq_norms(params: Sequence[Tensor], received: Sequence[bool], like: Ten
     norms = call.multi_sq_norm([held(g) for g in grads]).to(like.dtype)
     if all(received):
         return norms  # type: ignore[no-any-return]
-    where = _indices(tuple(i for i, yes in enumerate(received) if yes), like.device)
+    where = indices_on(tuple(i for i, yes in enumerate(received) if yes), like.device)
     return like.new_zeros(len(params)).index_copy(0, where, norms)
 
 

@@ -277,10 +277,11 @@ EDGES = {
         "estimators",
         "options",
         "per_sample",
+        "record",
         "stats",
     },
     "parts": {"calls", "errors", "ops", "record", "stats"},
-    "part_source": {"distributed", "errors", "estimators", "options", "parts", "stats"},
+    "part_source": {"distributed", "errors", "estimators", "options", "parts", "record", "stats"},
     "micro_batch": {
         "distributed",
         "errors",

@@ -14,6 +14,7 @@ from torch import nn
 
 import gradstats
 from gradstats.calibration import Calibration, calibrate
+from gradstats.estimators import noise_scale
 
 
 class Scale(nn.Module):
@@ -129,6 +130,7 @@ def test_without_a_calibration_it_is_a_proxy_and_says_so() -> None:
     assert twice.value == pytest.approx(2 * noise.value)
     assert (twice.low, twice.high) == pytest.approx((2 * noise.low, 2 * noise.high))
     assert twice.actionable
+    assert twice.value == pytest.approx(twice.tr_sigma / twice.true_grad_sq_norm)
     assert "as given" in str(given._source.calibration)
 
 
@@ -187,6 +189,19 @@ def test_the_factor_is_unbiased_and_its_interval_covers() -> None:
     assert np.mean([f.value for f in found]) == pytest.approx(2.0, rel=0.01)
     assert 0.85 <= np.mean([f.low <= 2.0 <= f.high for f in found]) <= 0.97
     assert all(f.usable for f in found)
+
+
+def test_the_calibrated_interval_covers() -> None:
+    rng = np.random.default_rng(2)
+    hits, values = [], []
+    for _ in range(500):
+        factor = calibrate(*steps_of(rng, 100))
+        _, part = steps_of(rng, 200)
+        noise = factor.apply(noise_scale(np.full(200, 8), part[:, 0], part[:, 1]))
+        hits.append(noise.low <= 3.0 <= noise.high)
+        values.append(noise.value)
+    assert np.mean(values) == pytest.approx(3.0, rel=0.01)
+    assert 0.85 <= np.mean(hits) <= 0.97
 
 
 def test_a_factor_that_is_not_known_is_not_used() -> None:
