@@ -18,7 +18,7 @@ from gradstats.errors import (
 )
 
 if TYPE_CHECKING:
-    from gradstats import backends, optim, schedulers
+    from gradstats import backends, collective_cost, optim, schedulers
     from gradstats.advice import recommend
     from gradstats.batch_advice import BatchSizeAdvice
     from gradstats.checking import check
@@ -85,6 +85,7 @@ __all__ = [
     "attach",
     "backends",
     "check",
+    "collective_cost",
     "compare",
     "curvature",
     "measure_step",
@@ -97,7 +98,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load a part when it is first used, so that importing the package costs next to nothing."""
-    if name in ("backends", "optim", "schedulers"):
+    if name in ("backends", "collective_cost", "optim", "schedulers"):
         return importlib.import_module(f"gradstats.{name}")
     if name in _LAZY:
         value = getattr(importlib.import_module(f"gradstats.{_LAZY[name]}"), name)

@@ -69,13 +69,14 @@ def on_the_wire(call) -> int:
 
 
 @case(0)
-def bytes_sent_are_those_of_the_model(rank: int, world: int) -> dict[str, list[float]] | None:
-    if sys.platform != "linux":
-        return None
+def bytes_sent_are_those_of_the_model(rank: int, world: int) -> dict[str, list[float]]:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))).double()
     elements = sum(p.numel() for p in model.parameters())
     run = DistributedDataParallel(model)
+    every: list[object] = [None] * world  # has talked: does the system count it?
+    dist.all_gather_object(every, sys.platform == "linux" and settled() > 0)
+    counted = all(every)
     figures: dict[str, list[float]] = {}
     for moments in (False, True):
         monitor = gradstats.attach(run, moments=moments)
@@ -83,16 +84,18 @@ def bytes_sent_are_those_of_the_model(rank: int, world: int) -> dict[str, list[f
             run.zero_grad()
             run(torch.randn(4, WIDTH, dtype=torch.float64)).square().sum(1).mean().backward()
             with Collectives() as collectives:
-                found = on_the_wire(monitor.step)
+                found = on_the_wire(monitor.step) if counted else monitor.step()
         own = statistics_bytes(2 * LAYERS)
         added = moments_bytes(elements, 8) if moments else 0
         assert [n * size for n, size in collectives.sent] == [own] + [added] * moments
-        expected = all_gather_bytes(own, world) + all_reduce_bytes(added, world)
-        assert expected <= found <= 1.01 * expected + 32 * world * MESSAGE
-        figures[f"moments={moments}"] = [expected, found]
         monitor.detach()
+        if counted:
+            expected = all_gather_bytes(own, world) + all_reduce_bytes(added, world)
+            assert expected <= found <= 1.01 * expected + 32 * world * MESSAGE
+            figures[f"moments={moments}"] = [expected, found]
     # A decision: two broadcasts of a pickled pair, whatever the model.
-    found = on_the_wire(lambda: decide_on_first_rank(lambda: (12, 345.6)))
-    assert found <= (world - 1) * (400 + 8 * MESSAGE)
-    figures["decision"] = [found]
+    if counted:
+        found = on_the_wire(lambda: decide_on_first_rank(lambda: (12, 345.6)))
+        assert found <= (world - 1) * 300
+        figures["decision"] = [found]
     return figures

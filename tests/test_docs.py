@@ -21,7 +21,7 @@ def examples(page: str) -> list[str]:
 
 
 LOOP, DECAY, ADASCALE, CHECKPOINT = examples("training.md")
-TIMED, RECOMMENDED, COMPARED = examples("choosing.md")
+TIMED, RECOMMENDED, RANKS, COMPARED = examples("choosing.md")
 PROXY, PARTS, MOMENTUM, GEOMETRY, CURVATURE = examples("noise.md")
 
 
@@ -97,9 +97,11 @@ def test_the_step_is_timed_and_the_advice_rests_on_it(names, capsys):
     exec(RECOMMENDED, names)
     assert len(names["advice"].curve) > 1
     assert all(point.price > 0 for point in names["advice"].curve)
+    exec(RANKS, names)
     exec(COMPARED, names)
     out = capsys.readouterr().out
     assert out.startswith("a step takes ")
+    assert "of [1, 2, 4, 8] ranks, 1 reach it with the least device time" in out
     assert "1,000 steps of 64 (64,000 samples) get " in out
 
 
