@@ -124,9 +124,20 @@ class Geometry:
                 continue
             var = stats.grad_var[name]
             assert grad is not None
-            pair = moments(_in_units(grad.to(var.dtype), stats, row), var, found, stats.samples)
+            pair = moments(
+                self._in_units(grad.to(var.dtype), stats, row), var, found, stats.samples
+            )
             rows.append(torch.stack(pair).double())
         return torch.stack(rows)
+
+    def _in_units(self, grad: Tensor, stats: GradStats, row: int) -> Tensor:
+        """In the record's: a summed loss and a loss scale are in `p.grad`, and not in the variance."""
+        if not self._options.summed and self._options.grad_scaler is None:
+            return grad
+        assert stats.layer_grad_sq_norm is not None
+        own = torch.linalg.vector_norm(grad)
+        wanted = stats.layer_grad_sq_norm[row].sqrt().to(grad.dtype)
+        return grad * torch.where(own > 0, wanted / own, 1.0)
 
     def _read(self) -> None:
         pending = list(self._pending)
@@ -186,16 +197,6 @@ def sum_known(rows: list[list[float]]) -> list[float]:
     """Both columns, over the parameters that were measured; NaN where none was."""
     known = [row for row in rows if not math.isnan(row[0])]
     return [math.fsum(column) for column in zip(*known, strict=True)] if known else [math.nan] * 2
-
-
-def _in_units(grad: Tensor, stats: GradStats, row: int) -> Tensor:
-    """In the record's units: a summed loss and a loss scale are in `p.grad`, not in the variance."""
-    assert stats.layer_grad_sq_norm is not None
-    own, wanted = (
-        torch.linalg.vector_norm(grad),
-        stats.layer_grad_sq_norm[row].sqrt().to(grad.dtype),
-    )
-    return grad * torch.where(own > 0, wanted / own, 1.0)
 
 
 def _preconditioner(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,10 @@ from torch import nn
 
 import gradstats
 from gradstats.calibration import Calibration, calibrate
-from gradstats.estimators import noise_scale
+from gradstats.estimators import NoiseScale, noise_scale
+from gradstats.schedulers import noise_scale as noise_scale_policy
+from gradstats.schedulers import norm_test
+from gradstats.schedulers.policies import Seen
 
 
 class Scale(nn.Module):
@@ -171,6 +175,17 @@ def test_misuse() -> None:
         mixed(torch.randn(3, 6))
 
 
+def test_schedulers_do_not_act_on_it_until_it_is_calibrated() -> None:
+    fields = {"confidence": 0.9, "num_samples": 6400, "num_steps": 200, "num_skipped": 0}
+    noise = NoiseScale(400.0, 380.0, 420.0, **fields, tr_sigma=400.0, true_grad_sq_norm=1.0)
+    proxy = replace(noise, method="norm_layers")
+    known = replace(proxy, calibration=1.0)
+    for policy in (noise_scale_policy, norm_test):
+        asked = [policy(Seen(16, 16, noise=n)) for n in (noise, known, proxy)]
+        assert asked[0] == asked[1] > 16
+        assert asked[2] == 16
+
+
 # --- the factor, numbers only -----------------------------------------------------------------
 
 
@@ -216,3 +231,26 @@ def test_a_factor_that_is_not_known_is_not_used() -> None:
     assert "no calibration could be had from 8 steps" in str(negative)
     assert not calibrate(np.zeros((0, 2)), np.zeros((0, 2))).usable
     assert not Calibration(2.0, 1.0, 4.0, 50).usable
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_compiled_model_is_calibrated_too(early: bool) -> None:
+    model = make()
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    data = torch.randn(7, 6)
+    if not early:
+        run(data)
+    monitor = gradstats.attach(model, method="norm_layers")
+    part, whole = exact(model, data)
+    monitor.calibrate(13)
+    for _ in range(16):
+        model.zero_grad()
+        loss(run, data).backward()
+        stats = monitor.step()
+        assert float(stats.tr_sigma) == pytest.approx(float(part.var(0).sum()), rel=1e-4)
+
+    def scale(g):
+        tr = g.var(0).sum()
+        return float(tr / (g.mean(0).square().sum() - tr / len(g)))
+
+    assert monitor._source.calibration.value == pytest.approx(scale(whole) / scale(part), rel=1e-3)

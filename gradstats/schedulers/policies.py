@@ -76,7 +76,7 @@ def norm_test(seen: Seen, *, theta: float = 0.5) -> float:
     require(0 < theta < math.inf, "theta", theta, "pass a number above 0")
     noise, now = _measured(seen, "norm_test"), seen.batch_size
     grad_sq_norm = max(noise.true_grad_sq_norm, 0.0) + noise.tr_sigma / now
-    if not 0 < grad_sq_norm < math.inf:  # also where it is not a number
+    if noise.uncalibrated or not 0 < grad_sq_norm < math.inf:  # also where it is not a number
         return now
     return max(now, noise.tr_sigma / (theta**2 * grad_sq_norm))
 
