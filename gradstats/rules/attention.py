@@ -65,10 +65,12 @@ def attention(
     mask = None if hidden else _mask(attn_mask, key_padding_mask, q.dtype, batch, num_heads, source)
     drop = dropout_p if training else 0.0
     if not need_weights:
-        q, k, v = (t.reshape(batch, num_heads, -1, t.shape[-1]) for t in (q, k, v))
+        q, k, v = (t.reshape(batch, num_heads, *t.shape[1:]) for t in (q, k, v))
         if mask is not None:
             per_head = mask.shape[0] == batch * num_heads
-            mask = mask.reshape(batch, num_heads, -1, source) if per_head else mask.unsqueeze(0)
+            mask = (
+                mask.reshape(batch, num_heads, *mask.shape[1:]) if per_head else mask.unsqueeze(0)
+            )
         out = F.scaled_dot_product_attention(q, k, v, mask, drop, hidden)
         out = out.permute(2, 0, 1, 3).reshape(length, batch, width)
         return project(use, out, out_proj_weight, out_proj_bias, 1), None

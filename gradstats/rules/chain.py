@@ -121,4 +121,4 @@ def three(t: Tensor, batch_dim: int) -> Tensor:
     """(B, T, features) from any rank."""
     if batch_dim != 0:
         t = t.movedim(batch_dim, 0)
-    return t.unsqueeze(1) if t.dim() == 2 else t.reshape(t.shape[0], -1, t.shape[-1])
+    return t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)

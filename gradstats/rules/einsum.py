@@ -58,7 +58,7 @@ def einsum(use: Use, func: Callable[..., Any], equation: Any, *operands: Any) ->
     if len(shared) > 1:
         return use.unruled(func, *unruled)
     x = x.permute([x_names.index(n) for n in (*shared, batch, *rest, *inner)])
-    x = x.reshape(size(shared), sizes[batch], -1, size(inner))
+    x = x.reshape(size(shared), sizes[batch], size(rest), size(inner))
     weights = [weight]
     if shared:
         weights = parts(use, torch.unbind, weight, w_names.index(shared[0]))

@@ -48,11 +48,11 @@ class Spread(torch.autograd.Function):
             total, sq_norm, m2 = sum_stats(c.reshape(batch, *ctx.shape), moments)
         else:
             if ctx.laid_out:
-                total, ids = g, ids.movedim(ctx.batch_dim, 0).reshape(batch, -1)
+                total, ids = g, ids.movedim(ctx.batch_dim, 0).flatten(1)
             else:
                 total = c.sum(0, dtype=stats_dtype(c.dtype))
                 ids = ids.reshape(1, -1).expand(batch, -1)
-            each = c.reshape(batch, ids.shape[1], -1)
+            each = c.reshape(batch, ids.shape[1], c.shape[-1])
             _, sq_norm, m2 = call.embedding_stats(ids, each, *ctx.rows, moments)
         total = total.reshape(ctx.shape).to(ctx.dtype)
         return (

@@ -31,7 +31,8 @@ class Embedding(torch.autograd.Function):
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         (ids,) = ctx.saved_tensors
         batch = ids.shape[ctx.batch_dim]
-        ids = ids.movedim(ctx.batch_dim, 0).reshape(batch, -1)
+        # -1 says nothing where there is no sample.
+        ids = ids.movedim(ctx.batch_dim, 0).reshape(batch, -1 if batch else 1)
         each = g.movedim(ctx.batch_dim, 0).reshape(batch, ids.shape[1], g.shape[-1])
         moments = ctx.needs_input_grad[3]
         dw, sq_norm, m2 = call.embedding_stats(
@@ -87,7 +88,8 @@ def embedding(
     row, m2 = use.probe(weight)
     out = Embedding.apply(weight, input, row, m2, padding, use.batch_dim, joint)
     if chain is not None:
-        ids = input.movedim(use.batch_dim, 0).reshape(input.shape[use.batch_dim], -1)
+        samples = input.shape[use.batch_dim]
+        ids = input.movedim(use.batch_dim, 0).reshape(samples, -1 if samples else 1)
         out = chain.link(out, row, LOOKUP, torch.where(ids == padding, -1, ids), use.batch_dim)
     return back(out)
 

@@ -72,10 +72,10 @@ class LayerNorm(torch.autograd.Function):
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         x, weight, mean, rstd = ctx.saved_tensors
         batch, width = x.shape[ctx.batch_dim], math.prod(ctx.weight_shape)
-        to = ctx.batch_dim
+        to, rest = ctx.batch_dim, -1 if batch else 1  # -1 says nothing where there is no sample
 
         def rows(t: Tensor | None, *last: int) -> Tensor | None:
-            return None if t is None else t.movedim(to, 0).reshape(batch, -1, *last)
+            return None if t is None else t.movedim(to, 0).reshape(batch, rest, *last)
 
         dx, *rest = call.layer_norm_stats(
             rows(g, width), rows(x, width), rows(mean), rows(rstd),
@@ -131,7 +131,7 @@ class GroupNorm(torch.autograd.Function):
             x, weight, bias, batch, channels, size, groups, eps
         )
         if mean.dtype != wide:
-            grouped = x.to(wide).reshape(batch, groups, -1)
+            grouped = x.to(wide).reshape(batch, groups, channels // groups * size)
             var, mean = torch.var_mean(grouped, -1, correction=0)
             rstd = torch.rsqrt(var + eps)
         ctx.save_for_backward(x, weight, mean, rstd)
@@ -141,8 +141,9 @@ class GroupNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         x, weight, mean, rstd = ctx.saved_tensors
+        shape = (*x.shape[:2], -1 if len(x) else 1)
         stats = call.group_norm_stats(
-            g.reshape(*g.shape[:2], -1), x.reshape(*x.shape[:2], -1), mean, rstd, weight,
+            g.reshape(shape), x.reshape(shape), mean, rstd, weight,
             *_flags(ctx),
         )  # fmt: skip
         return *_gradients(ctx, stats), None, None
