@@ -179,6 +179,7 @@ class Interposer(Answers, TorchFunctionMode):
         size = self._batch_size("the model", args, kwargs) if groups is None else groups.batch
         batch = len((0,) * size)
         comptime(lambda ctx: tracing.ensure_shared_leaf(ctx))
+        comptime(lambda ctx: tracing.note_in_checkpoints(ctx))
         self.current = Pass(batch, getattr(self, f"_leaf_{batch}"), groups=groups)
         self.current.look_at(tensors_in(*args, kwargs), self.batch_dim)
         self.batch = batch
@@ -196,7 +197,10 @@ class Interposer(Answers, TorchFunctionMode):
     def _traced(self, path: str, original: Any, args: Any, kwargs: Any) -> Any:
         self.stack.append(Frame(path))
         try:
-            return original(*args, **kwargs)
+            if tracing.is_entered(self):
+                return original(*args, **kwargs)
+            with self:  # again: the compiler leaves it for what a checkpoint runs
+                return original(*args, **kwargs)
         finally:
             self.stack.pop()
 

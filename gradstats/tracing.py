@@ -10,6 +10,9 @@ import torch
 from torch.utils._device import _device_constructors
 
 live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # interposers, by key
+CHECKPOINTS = (
+    "skip_fwd_side_effects_in_bwd_under_checkpoint"  # an option of compilers after torch 2.9's
+)
 HIDES_CONSTRUCTORS = torch.__version__ < "2.12"  # compared as versions are
 
 
@@ -36,6 +39,25 @@ def ensure_shared_leaf(ctx: Any) -> None:
     key = ctx.get_local("key").as_python_constant()
     batch = ctx.get_local("batch").as_python_constant()
     live[key].make_shared_leaf(batch)
+
+
+def note_in_checkpoints(ctx: Any) -> None:
+    """Runs while a graph is compiled: what a checkpoint runs may note the uses in it, once, until its end.
+
+    The compiler refuses what changes an object there, for the backward does not change it again.
+    """
+    from torch._dynamo import config
+
+    if not getattr(config, CHECKPOINTS, True):
+        setattr(config, CHECKPOINTS, True)
+        output = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
+        output.add_cleanup_hook(lambda: setattr(config, CHECKPOINTS, False))
+
+
+def is_entered(mode: Any) -> bool:
+    """Whether torch functions are given to the mode at this point of what is traced."""
+    depth = torch._C._len_torch_function_stack()
+    return any(torch._C._get_function_stack_at(i) is mode for i in range(depth))
 
 
 def note_shared(ctx: Any) -> None:
