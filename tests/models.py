@@ -16,7 +16,7 @@ class Positions(nn.Module):
 
     def __init__(self, one_row: bool = False) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(13, 6, padding_idx=3), nn.Embedding(9, 6)
+        self.tokens, self.positions = nn.Embedding(13, 6), nn.Embedding(9, 6)
         self.head = nn.Linear(6, 4, bias=False)
         self.one_row = one_row
 
@@ -362,6 +362,8 @@ PROBLEMS = {
                       _images(3, 4, 4)),
     "conv_transpose": Problem(lambda: S(nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1), nn.Tanh(),
                                     nn.ConvTranspose2d(4, 4, 2, groups=2, dilation=2)), _images(3, 4)),
+    "padding_idx": Problem(lambda: S(nn.Embedding(13, 6, padding_idx=3), nn.Tanh(), nn.Linear(6, 3)),
+                           _ids),
     "positions": Problem(Positions, _ids),
     "positions_one_row": Problem(lambda: Positions(one_row=True), _ids),
     "positions_as_long_as_the_batch": Problem(Positions, _ids, batch=7),
