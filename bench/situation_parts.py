@@ -49,6 +49,10 @@ def forgotten(tool: Any, batch: Tensor) -> None:
     tool.backward(tool.loss(batch), batch)
 
 
+def retained(tool: Any, batch: Tensor) -> None:
+    tool.backward(tool.loss(batch), batch, retain_graph=True)
+
+
 def twice(tool: Any, batch: Tensor) -> None:
     value = tool.loss(batch)
     tool.backward(value, batch, retain_graph=True)

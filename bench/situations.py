@@ -25,9 +25,12 @@ TEXT = {  # the problems of tests/models.py; others go by their names
     "conv2d_same": "convolution, padding by name", "conv2d_modes": "all padding modes in a row",
     "conv2d_groups": "grouped and depthwise in a row",
     "conv_transpose": "transposed convolution, groups, output_padding",
+    "padding_idx": "Embedding with padding_idx",
     "positions": "position embedding without batch dimension",
     "positions_one_row": "position ids of one row",
     "positions_as_long_as_the_batch": "positions as many as samples",
+    "positions_laid_out": "position ids for every sample", "positions_copied": "position ids, copied",
+    "positions_copied_as_long_as_the_batch": "position ids, copied, as many as samples",
     "positions_repeated": "a position looked up twice",
     "custom": "raw parameters (scales, shifts, positions)", "class_token": "class token",
     "functional": "parameters used by F.linear, @, addmm",
@@ -42,7 +45,8 @@ TEXT = {  # the problems of tests/models.py; others go by their names
     "attention_of_three": "attention of three inputs",
     "attention_with_widths": "attention, kdim and vdim",
     "transformer_layers": "nn.Transformer layers", "einsum": "einsum with parameters",
-    "slices": "parts of a weight used apart", "slices_overlapping": "overlapping parts of a weight",
+    "slices": "parts of a weight used apart", "slice_with_an_offset": "part of a position table",
+    "slices_overlapping": "overlapping parts of a weight",
     "embedding_bags": "EmbeddingBag (all modes, weights, offsets)", "weight_norm": "weight_norm",
     "prelu": "PReLU",
 }  # fmt: skip
@@ -115,7 +119,6 @@ add("transposed_output_padding", "transposed convolution, output_padding",
     transposed(stride=2, output_padding=1), signal)
 for _mode in ("sum", "mean", "max"):
     add(f"bag_{_mode}", f"EmbeddingBag, mode={_mode!r}", looked_up(nn.EmbeddingBag, mode=_mode), ids)
-add("padding_idx", "Embedding with padding_idx", looked_up(padding_idx=3), ids)
 add("ids_1d", "Embedding, 1-D ids", looked_up(), lambda n: torch.randint(0, 13, (n,)))
 add("sparse", "Embedding, sparse gradients", looked_up(sparse=True), ids)
 add("by_frequency", "Embedding, scale_grad_by_freq", looked_up(scale_grad_by_freq=True), ids, exists=False)
@@ -136,6 +139,7 @@ add("two_forwards", "two live forwards, backward of the first", two, vectors, ba
     script=P.first_of_two, measured=slice(4), functional=False)
 add("forgotten", "a forward without backward before the step", two, vectors, script=P.forgotten,
     functional=False)
+add("retained", "backward with retain_graph", two, vectors, script=P.retained, functional=False)
 # Either what the last backward adds or both together is an answer.
 add("backward_twice", "backward twice", two, vectors, script=P.twice, functional=False, accepted=(1.0, 4.0))
 add("micro_batches", "uneven last micro-batch", two, vectors, script=P.micro_batches)
