@@ -134,7 +134,7 @@ def layer_norm_stats(
         inner = gx - xhat * (gx * xhat).mean(-1, keepdim=True)
         if mean is not None:
             inner = inner - gx.mean(-1, keepdim=True)
-        dx = (inner * rstd).to(x.dtype)
+        dx = (inner * rstd).to(x.dtype).contiguous()  # as compiled graphs take it to be
     dtype = x.dtype if scale is None else scale.dtype
     return dx, *_affine(gw, xhat, 1, weight, bias, moments, dtype)  # type: ignore[return-value]
 

@@ -206,6 +206,9 @@ SITUATIONS = {
     ),
     "sequence first": Situation(two, batch_dim=1, loss=second),
     "sequence first, as many positions": Situation(two, batch=7, batch_dim=1, loss=second),
+    "sequence first, norms": Situation(
+        lambda: S(Linear(6, 6), nn.LayerNorm(6), Linear(6, 6), nn.RMSNorm(6)), batch_dim=1, loss=second
+    ),
     "packed sequences": Situation(
         looked_up, padded, loss=packed, rows=lambda x: (x >= 0).nonzero()[:, 0]
     ),

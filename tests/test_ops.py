@@ -68,6 +68,29 @@ def test_every_backend_agrees_with_the_reference(name: str) -> None:
             torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=1e-5)
 
 
+def _turned(argument):
+    """The same values, the first two dimensions the other way round in memory."""
+    if isinstance(argument, list) and argument and isinstance(argument[0], torch.Tensor):
+        return [_turned(t) for t in argument]
+    if not isinstance(argument, torch.Tensor) or argument.dim() < 2:
+        return argument
+    return argument.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_results_are_contiguous_whatever_the_strides(name: str, backend: str) -> None:
+    """Compiled graphs rely on it: so the fake kernels say."""
+    torch.manual_seed(2)
+    for arguments in _arguments(name):
+        with backends.use(backend):
+            op = getattr(ops, name).default
+            expected, found = _list(op(*arguments)), _list(op(*map(_turned, arguments)))
+        for out, same in zip(found, expected, strict=True):
+            assert out.is_contiguous()
+            torch.testing.assert_close(out, same, rtol=1e-5, atol=1e-5)
+
+
 def _list(out):
     return [out] if isinstance(out, torch.Tensor) else list(out)
 

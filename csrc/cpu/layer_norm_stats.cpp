@@ -172,7 +172,7 @@ NormStats run(const Tensor& g, const Tensor& x, const Tensor& mean, const Tensor
               bool moments) {
   using T = Wide<Scalar>;
   const int64_t batch = x.size(0), length = x.size(1), d = x.size(2);
-  const Tensor dx = input ? at::empty_like(x) : Tensor();
+  const Tensor dx = input ? at::empty(x.sizes(), x.options()) : Tensor();  // contiguous
   const LayerNorm<Scalar> norm(g, x, mean, rstd, scale, dx, bias);
   SampleStats<T> w(weight, batch, d, moments, x.options()), b(bias, batch, d, moments, x.options());
   // Few samples for the threads: cut each into shares of its positions, added up in order below.
