@@ -179,17 +179,17 @@ def step_seconds(race: Race, rounds: int = 30) -> dict[int, float]:
     return {size: sorted(times)[len(times) // 2] for size, times in found.items()}
 
 
-def followers(race: Race, seconds: dict[int, float]) -> list[Method]:
-    """The methods that need no tuning: they start at the base batch and its rate."""
+def followers(race: Race, rate: float, seconds: dict[int, float]) -> list[Method]:
+    """The methods that need no tuning: they start at the base batch and its `rate`."""
     largest = max(race.batches)
     policies: dict[str, schedulers.Policy] = {
         "noise scale": partial(schedulers.noise_scale, hysteresis=1.3),
         "noise scale × time": fastest(seconds, largest),
         "norm test": schedulers.norm_test,
     }
-    found = [Method(name, race.base, race.rate, follow(policy, largest))
+    found = [Method(name, race.base, rate, follow(policy, largest))
              for name, policy in policies.items()]  # fmt: skip
     if race.sgd:
-        found += [Method(f"AdaScale {n * race.base}", n * race.base, race.rate, None, race.base)
+        found += [Method(f"AdaScale {n * race.base}", n * race.base, rate, None, race.base)
                   for n in (4, 16) if n * race.base <= largest]  # fmt: skip
     return found

@@ -3,8 +3,10 @@
     python bench/time_to_target.py [--races regression digits text] [--seeds 5] [--json FILE]
     python bench/time_to_target.py --races text-large --device cuda
 
-Every fixed batch gets the learning rate that is fastest for it, of those that a grid around the scaling
-rule holds, found with seeds of its own. The others get the base batch and its default rate, no more.
+Every fixed batch gets the learning rate that is fastest for it, found with seeds of its own: the smallest
+from a grid around the race's rate, each further one from a grid around the rate of the one before. The
+others start from the base batch and its rate, as somebody who has a run of small batches, and get nothing
+tuned.
 Shown are samples, steps and seconds (on a CPU: of one thread, and its own) to the target: means over
 seeds with 90% intervals (Student's t). Below, two checks of the theory (McCandlish et al.,
 arXiv:1812.06162): tuned fixed batches against (S/S_min − 1)(E/E_min − 1) = 1, and their critical batch
@@ -29,9 +31,8 @@ from race_runs import Method, Outcome, followers, run, step_seconds
 from race_tasks import RACES, Race
 from timing import environment, table
 
-from gradstats.advice import scale_learning_rate
-
-RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times what the rule gives for a batch
+FIRST_RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the race's
+RATES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # times that of the next smaller batch
 T_90 = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13, 6: 2.02, 7: 1.94, 8: 1.89, 9: 1.86, 10: 1.83}
 COSTS = ("samples", "steps", "seconds")
 
@@ -44,12 +45,11 @@ def mean(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), T_90.get(len(values), 1.7) * spread / math.sqrt(len(values))
 
 
-def tuned(race: Race, size: int, noise: float, seeds: list[int], rates: tuple[float, ...]) -> float:
+def tuned(race: Race, size: int, rates: list[float], seeds: range) -> float:
     """The rate with which this batch takes the fewest samples, over some seeds."""
-    centre = scale_learning_rate(race.rate, race.base, size, rule=race.rule, noise=noise)  # type: ignore[arg-type]
-    best = (math.inf, centre)
-    for rate in (factor * centre for factor in rates):
-        taken = []
+    best = (math.inf, rates[len(rates) // 2])
+    for rate in rates:
+        taken: list[float] = []
         for seed in seeds:
             taken.append(run(race, Method("", size, rate), seed).samples)
             if not math.isfinite(taken[-1]):
@@ -78,23 +78,19 @@ def measure(race: Race, seeds: int, tuning: int, rates: tuple[float, ...]) -> di
         print(f"{race.name}: {text}", file=sys.stderr, flush=True)
 
     seconds = step_seconds(race)
-    methods = followers(race, seconds)
     outcomes: dict[str, list[Outcome]] = {}
-    for method in methods:
+    fixed: dict[int, Method] = {}
+    candidates = [factor * race.rate for factor in FIRST_RATES]
+    for size in race.batches:
+        rate = tuned(race, size, candidates, range(100, 100 + tuning))
+        candidates = [factor * rate for factor in rates]
+        fixed[size] = Method(f"fixed {size}", size, rate)
+    methods = followers(race, fixed[race.base].rate, seconds)
+    for method in (*fixed.values(), *methods):
         outcomes[method.name] = [run(race, method, seed) for seed in range(seeds)]
         say(f"{method.name}: {mean([o.samples for o in outcomes[method.name]])[0]:,.0f} samples")
     seen = [n for o in outcomes["noise scale"] for n in o.noise if math.isfinite(n)]
     noise = statistics.median(seen) if seen else math.nan
-    fixed = {}
-    for size in race.batches:
-        around = noise if math.isfinite(noise) else float(size)
-        rate = tuned(race, size, around, list(range(100, 100 + tuning)), rates)
-        method = Method(f"fixed {size}", size, rate)
-        fixed[size] = method
-        outcomes[method.name] = [run(race, method, seed) for seed in range(seeds)]
-        say(
-            f"{method.name}, rate {rate:.3g}: {mean([o.samples for o in outcomes[method.name]])[0]:,.0f}"
-        )
     rows = {}
     for method in (*fixed.values(), *methods):
         found = outcomes[method.name]
