@@ -35,6 +35,7 @@ from gradstats.calls import (
 from gradstats.errors import BatchDimError, UnsupportedLayerError
 from gradstats.grouping import Counted, Grouping
 from gradstats.layout import NeedsLayout, Recorder
+from gradstats.ops import ops
 from gradstats.probes import (
     ATTRIBUTE,
     CONSTANT,
@@ -42,6 +43,7 @@ from gradstats.probes import (
     Frame,
     Ledger,
     Mark,
+    Numbered,
     Pass,
     UseOf,
     new_leaf,
@@ -180,7 +182,9 @@ class Interposer(Answers, TorchFunctionMode):
         batch = len((0,) * size)
         comptime(lambda ctx: tracing.ensure_shared_leaf(ctx))
         comptime(lambda ctx: tracing.note_in_checkpoints(ctx))
-        self.current = Pass(batch, getattr(self, f"_leaf_{batch}"), groups=groups)
+        number = ops.next_number(self.forwards)
+        leaf = Numbered.apply(getattr(self, f"_leaf_{batch}"), number)
+        self.current = Pass(batch, leaf, groups=groups)
         self.current.look_at(tensors_in(*args, kwargs), self.batch_dim)
         self.batch = batch
         self.tracing = True
@@ -206,7 +210,10 @@ class Interposer(Answers, TorchFunctionMode):
 
     def make_shared_leaf(self, batch: int) -> None:
         if not hasattr(self, f"_leaf_{batch}"):
-            leaf = new_leaf(len(self.index), batch, self.dtype, self.device)
+            if not hasattr(self, "forwards"):
+                self.forwards = torch.zeros((), dtype=torch.int64, device=self.device)
+                torch._dynamo.mark_static_address(self.forwards)
+            leaf = new_leaf(len(self.index) + 1, batch, self.dtype, self.device)
             leaf.register_post_accumulate_grad_hook(self.ledger.deliver_shared)
             setattr(self, f"_leaf_{batch}", leaf)
 

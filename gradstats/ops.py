@@ -149,3 +149,24 @@ def _(tensors: Sequence[Tensor]) -> Tensor:
     wide = {stats_dtype(t.dtype) for t in tensors}
     dtype = torch.float64 if wide == {torch.float64} else torch.float32
     return tensors[0].new_empty(len(tensors), dtype=dtype)
+
+
+# ---- which forward of a compiled graph it is ----------------------------------------------------
+
+EXACT = 2**24  # whole numbers up to it are exact in float32
+
+# An op of its own: what a graph computes itself, it may compute again in the backward.
+_library.define("next_number(Tensor(a!) counter) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+
+
+def _next_number(counter: Tensor) -> Tensor:
+    """Add 1 to a 0-d counter; 0-d, its value modulo `EXACT`."""
+    return counter.add_(1).remainder(EXACT)
+
+
+_library.impl("next_number", _next_number, "CompositeExplicitAutograd")
+
+
+@_fake("next_number")
+def _(counter: Tensor) -> Tensor:
+    return counter.new_empty(())

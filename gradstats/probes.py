@@ -110,6 +110,24 @@ def new_m2_leaf(param: Tensor, dtype: torch.dtype) -> Tensor:
     return zero.expand(param.shape).detach().requires_grad_()
 
 
+class Numbered(torch.autograd.Function):
+    """The rows (P, B + 1) of a leaf that has one more, to which the forward's number is delivered.
+
+    All runs of a compiled graph share the leaf; the number tells two runs from two backwards of one.
+    """
+
+    @staticmethod
+    def forward(ctx, leaf, number):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(number)
+        return leaf[:-1].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        (number,) = ctx.saved_tensors
+        return torch.cat((g, number.to(g.dtype).expand(1, g.shape[1]))), None
+
+
 class Frame:
     """One run of one module's forward."""
 
@@ -156,6 +174,7 @@ class Delivery:
     leaf: Tensor | None = None
     rows: Tensor | None = None
     counted: Counted | None = None  # the samples that count, where not all do
+    number: Tensor | None = None  # 0-d, of the forward, where it ran in a compiled graph
 
     def gradient(self) -> Tensor:
         rows = self.rows if self.leaf is None else self.leaf.grad
@@ -184,8 +203,11 @@ class Ledger:
     def deliver_shared(self, leaf: Tensor) -> None:
         """Hook of the leaf that every run of a compiled graph shares: take the gradient away."""
         rows, leaf.grad = leaf.grad, None
+        assert rows is not None
         task = torch._C._current_graph_task_id()
-        self.deliveries.append(Delivery(leaf.shape[1] - 1, task, rows=rows))
+        self.deliveries.append(
+            Delivery(leaf.shape[1] - 1, task, rows=rows[:-1], number=rows[-1, -1])
+        )
         self.at_the_end(self.between)  # no eager code runs before the next compiled forward
         self.at_the_end(self.settled)
 

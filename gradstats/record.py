@@ -71,6 +71,7 @@ def group(deliveries: Sequence[Delivery], reasons: Mapping[str, str]) -> list[Gr
             "gradients enabled (not under torch.no_grad or inference_mode) and its loss must "
             "depend on a trainable parameter."
         )
+    _mark_repeated([d for d in deliveries if d.number is not None])
     groups: dict[int, Group] = {}
     for delivery in deliveries:
         rows = delivery.gradient()
@@ -91,6 +92,15 @@ def group(deliveries: Sequence[Delivery], reasons: Mapping[str, str]) -> list[Gr
             )
         groups[delivery.task] = known._replace(rows=known.rows + rows)
     return list(groups.values())
+
+
+def _mark_repeated(deliveries: Sequence[Delivery]) -> None:
+    """Count a second backward through one forward as what it is: of no sample alone."""
+    if len(deliveries) > 1:
+        numbers = torch.stack([d.number for d in deliveries])  # type: ignore[misc]
+        again = (numbers[:, None] == numbers).triu(1).any(0)
+        for delivery, twice in zip(deliveries, again, strict=True):
+            delivery.gradient()[:, -1] += 2 * twice
 
 
 def gather(

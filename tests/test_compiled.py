@@ -184,3 +184,27 @@ def test_packed_sequences_of_changing_lengths() -> None:
         with monitor.samples(rows):
             (run(tokens).sin().sum() / 4).backward()
         assert_matches(monitor.step(), {n: torch.stack(g) for n, g in true.items()}, 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_two_backwards_through_one_forward_are_not_two_batches(backend: str) -> None:
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 6)
+    true = per_sample_gradients(model, loss, batch)
+    monitor = gradstats.attach(model)
+    run = compiled(model, backend)
+    out = run(batch)
+    out[:2].square().sum().backward(retain_graph=True)
+    out.square().sum().backward()
+    stats = monitor.step()
+    assert stats.coverage.fraction == 0
+    assert "backward called twice" in stats.coverage.missing["0.weight"]
+    assert torch.isnan(stats.noise_scale)
+    for _ in range(2):  # one forward after the other is two batches, of equal samples too
+        model.zero_grad()
+        loss(run, batch).backward()
+        loss(run, batch).backward()
+        stats = monitor.step()
+        assert stats.num_samples == 10
+        twice = {name: torch.cat((2 * g, 2 * g)) for name, g in true.items()}
+        assert_matches(stats, twice, 1e-5)

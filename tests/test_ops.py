@@ -165,3 +165,9 @@ def test_random_models(kinds, batch, positions, width, moments, parts, seed) -> 
         for part in data.split(-(-batch // parts)):
             (loss(model, part) * len(part) / batch).backward()
         assert_matches(monitor.step(), true, 1e-9)
+
+
+def test_forwards_are_numbered() -> None:
+    counter = torch.tensor(2**24 - 2)
+    torch.library.opcheck(ops.next_number.default, (counter.clone(),))
+    assert [int(ops.next_number(counter)) for _ in range(3)] == [2**24 - 1, 0, 1]
