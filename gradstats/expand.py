@@ -56,6 +56,21 @@ class Expand(torch.autograd.Function):
         return total.to(g.dtype), row, m2, None, None, None
 
 
+class NoSample(torch.autograd.Function):
+    """A parameter as it is, for a batch of no samples: measured, with nothing to add up."""
+
+    @staticmethod
+    def forward(ctx, param, row, m2):  # type: ignore[no-untyped-def]
+        return param.view_as(param)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        wide = stats_dtype(g.dtype)
+        row = row_gradient(g.new_zeros(0, dtype=wide)) if ctx.needs_input_grad[1] else None
+        return g, row, g.new_zeros(g.shape, dtype=wide) if ctx.needs_input_grad[2] else None
+
+
 class Corrected(TorchFunctionMode):
     """vmap over an embedding's weight forgets `padding_idx`: keep those rows from the gradient."""
 

@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 
 from gradstats import alike
 from gradstats.calls import FallbackFailed, random_state, restore_random_state
-from gradstats.expand import Corrected, Expand, Merge
+from gradstats.expand import Corrected, Expand, Merge, NoSample
 from gradstats.interpose import Interposer
-from gradstats.probes import ATTRIBUTE, CONSTANT
+from gradstats.probes import ATTRIBUTE, CONSTANT, Probe
 
 _TENSOR = object()
 
@@ -38,6 +38,8 @@ def run(
     do not hold them.
     """
     plan = interposer.plans.get(path) or _Plan(interposer, module, path, original)
+    if interposer.batch == 0:
+        return plan.without_samples(args, kwargs)
     plan.prepare(args, kwargs)
     interposer.plans[path] = plan
     return plan(args, kwargs)
@@ -204,10 +206,23 @@ class _Plan:
             return 1
         return max(1, min(batch, self.interposer.chunk_bytes // max(self._bytes(), 1)))
 
+    def _probes(self, params: dict[str, tuple[str, Tensor]]) -> dict[str, Probe]:
+        probe_of = self.interposer.probe_of
+        return {n: probe_of(n, getattr(p, ATTRIBUTE).m2) for n, (_, p) in params.items()}
+
+    def without_samples(self, args: Any, kwargs: Any) -> Any:
+        """The module as it is, for a batch of none."""
+        params = self._parameters()
+        probes = self._probes(params)
+        measured = {n: NoSample.apply(p, *probes[n]) for n, (_, p) in params.items()}
+        places = {local: measured[n] for local, n in self._places().items()}
+        with _reparametrize_module(self.module, places):
+            return self.original(*args, **kwargs)
+
     def __call__(self, args: Any, kwargs: Any) -> Any:
         it = self.interposer
         params = self._parameters()
-        probes = {n: it.probe_of(n, getattr(p, ATTRIBUTE).m2) for n, (_, p) in params.items()}
+        probes = self._probes(params)
         merges = {n: Merge() for n in params}
         places = self._places()
         leaves, spec = pytree.tree_flatten((args, kwargs))

@@ -151,13 +151,18 @@ class Interposer(Answers, TorchFunctionMode):
         self.layouts.update(layout.find(self, before, original, args, kwargs))
 
     def _enter_first(self, module: Any, path: str, original: Any, args: Any, kwargs: Any) -> Any:
+        known = None
         try:
             self.current = self._open(path, args, kwargs)
             self.batch = self.current.batch
+            if self.batch == 0:  # says nothing of how samples are measured
+                known = self.settled.copy(), self.fallbacks.copy()
             self.stack.clear()
             with self:
                 return self._enter_nested(module, path, original, args, kwargs)
         finally:
+            if known is not None:
+                self.settled, self.fallbacks = known
             if self.current is not None:
                 self.current.inputs = ()
             self.current = None
