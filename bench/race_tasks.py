@@ -135,7 +135,7 @@ def text_race() -> Race:
     """The demo's text with a smaller transformer, or a race takes minutes."""
     return _of_demo(
         text(), _text(64, 2, 2, 1e-3), 256, target=2.5, rate=1e-3, base=8,
-        batches=(4, 8, 16, 32, 64, 128), most=60_000, rule="sqrt", look=128,
+        batches=(4, 8, 16, 32, 64, 128), most=20_000, rule="sqrt", look=128,
     )  # fmt: skip
 
 

@@ -50,8 +50,11 @@ def tuned(race: Race, size: int, rates: list[float], seeds: range) -> float:
     best = (math.inf, rates[len(rates) // 2])
     for rate in rates:
         taken: list[float] = []
+        # A rate that takes twice as long is not looked at to its end.
+        limit = race.most if math.isinf(best[0]) else min(race.most, math.ceil(2 * best[0]))
         for seed in seeds:
-            taken.append(run(race, Method("", size, rate), seed).samples)
+            outcome = run(race.changed(most=limit), Method("", size, rate), seed)
+            taken.append(outcome.samples)
             if not math.isfinite(taken[-1]):
                 break
         best = min(best, (mean(taken)[0] if len(taken) == len(seeds) else math.inf, rate))
