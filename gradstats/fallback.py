@@ -257,9 +257,7 @@ class _Plan:
         if not self.vectorised:
             return one({n: e[0] for n, e in expanded.items()}, leaves)
 
-        shape: list[
-            Any
-        ] = []  # of the output: its leaves, with places for the tensors, and its spec
+        shape: list[Any] = []  # of the output: leaves, with places for the tensors, and the spec
 
         def each(params: dict[str, Tensor], values: list[Tensor]) -> list[Tensor]:
             it = iter(values)

@@ -10,9 +10,8 @@ import torch
 from torch.utils._device import _device_constructors
 
 live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # interposers, by key
-CHECKPOINTS = (
-    "skip_fwd_side_effects_in_bwd_under_checkpoint"  # an option of compilers after torch 2.9's
-)
+# An option of compilers after torch 2.9's.
+CHECKPOINTS = "skip_fwd_side_effects_in_bwd_under_checkpoint"
 HIDES_CONSTRUCTORS = torch.__version__ < "2.12"  # compared as versions are
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from models import PROBLEMS, Tied, Twice, loss
 from oracle import assert_matches, per_sample_gradients
-from test_shared import Loop, TiedTwice
+from test_shared import Cancelling, Loop, TiedTwice
 from test_where_samples_are import Flattening
 from torch import Tensor, nn
 
@@ -79,16 +79,6 @@ def test_several_uses_with_inductor_and_micro_batches() -> None:
 
 
 def test_uses_that_cancel_leave_no_negative_norm() -> None:
-    class Cancelling(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(16, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            a, b = x.split([4, 5], 1)
-            together = F.linear(x, self.inner.weight).sum(1)
-            return self.inner(a).sum(1) + F.linear(b, self.inner.weight).sum(1) - together
-
     torch.manual_seed(0)
     model = Cancelling()
     monitor = gradstats.attach(model)

@@ -114,18 +114,21 @@ def test_only_one_of_two_uses_in_the_backward() -> None:
     )
 
 
+class Cancelling(nn.Module):
+    """Uses of one weight whose gradients cancel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.split([4, 5], 1)
+        together = F.linear(x, self.inner.weight).sum(1)
+        return self.inner(a).sum(1) + F.linear(b, self.inner.weight).sum(1) - together
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_uses_that_cancel_leave_no_negative_norm(dtype: torch.dtype) -> None:
-    class Cancelling(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(16, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            a, b = x.split([4, 5], 1)
-            together = F.linear(x, self.inner.weight).sum(1)
-            return self.inner(a).sum(1) + F.linear(b, self.inner.weight).sum(1) - together
-
     torch.manual_seed(0)
     model = Cancelling().to(dtype)
     monitor = gradstats.attach(model)

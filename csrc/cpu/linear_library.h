@@ -20,7 +20,9 @@ constexpr int64_t kProduct = 1 << 20;       // multiply-adds that are worth anot
 constexpr int64_t kBlockRows = 64;          // the library slows down for fewer,
 constexpr int64_t kBlockColumns = 1 << 10;  // and gains nothing from more
 
-// Into how many blocks the gradient is cut: powers of two.
+// Into how many blocks the gradient is cut: powers of two, more of them for more threads. The
+// library adds up an element over positions alike wherever it is cut, and norms of blocks are added
+// in double.
 struct Cut {
   int64_t down = 1, across = 1;
 

@@ -48,9 +48,7 @@ class Joint:
     def __init__(self) -> None:
         self.uses = 0
         self.arrived: list[tuple[int, Factors]] = []
-        self.total: Tensor | None = (
-            None  # (B,): what those that arrived have delivered, as it adds up
-        )
+        self.total: Tensor | None = None  # (B,): delivered so far
 
     def row_gradient(self, node: object, sq_norm: Tensor, make: Callable[[], Factors]) -> Tensor:
         """As `probes.row_gradient`, with the inner products with the uses that came before.
