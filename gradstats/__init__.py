@@ -18,7 +18,7 @@ from gradstats.errors import (
 )
 
 if TYPE_CHECKING:
-    from gradstats import backends, collective_cost, optim, schedulers
+    from gradstats import backends, collective_cost, loggers, optim, schedulers
     from gradstats.advice import recommend
     from gradstats.batch_advice import BatchSizeAdvice
     from gradstats.checking import check
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gradstats.grouped_loader import GroupedLoader
     from gradstats.hessian import Curvature, curvature
     from gradstats.loader import StepLoader
+    from gradstats.loggers import Log
     from gradstats.monitor import Monitor, attach
     from gradstats.report import CheckReport
     from gradstats.rules import rule
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from gradstats.stats import GradStats
     from gradstats.step_time import StepTime
     from gradstats.timing import measure_step
+    from gradstats.workbench.workload import Workload
 
 __version__ = "0.1.0"
 
@@ -56,6 +58,8 @@ _LAZY = {
     "BatchSizeScheduler": "schedulers",
     "GroupedLoader": "grouped_loader",
     "StepLoader": "loader",
+    "Log": "loggers",
+    "Workload": "workbench.workload",
     "StepTime": "step_time",
     "measure_step": "timing",
 }
@@ -75,6 +79,7 @@ __all__ = [
     "GradStatsError",
     "GroupedLoader",
     "InvalidArgumentError",
+    "Log",
     "Monitor",
     "NoStatisticsError",
     "NoiseScale",
@@ -82,12 +87,14 @@ __all__ = [
     "StepLoader",
     "StepTime",
     "UnsupportedLayerError",
+    "Workload",
     "attach",
     "backends",
     "check",
     "collective_cost",
     "compare",
     "curvature",
+    "loggers",
     "measure_step",
     "optim",
     "recommend",
@@ -98,7 +105,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load a part when it is first used, so that importing the package costs next to nothing."""
-    if name in ("backends", "collective_cost", "optim", "schedulers"):
+    if name in ("backends", "collective_cost", "loggers", "optim", "schedulers"):
         return importlib.import_module(f"gradstats.{name}")
     if name in _LAZY:
         value = getattr(importlib.import_module(f"gradstats.{_LAZY[name]}"), name)

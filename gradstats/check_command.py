@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from typing import Any
 
 from torch import nn
@@ -13,6 +11,11 @@ from gradstats.checking import check
 from gradstats.errors import InvalidArgumentError
 from gradstats.report import CheckReport
 from gradstats.terminal import console_and_table
+from gradstats.workbench.factory import call_factory
+from gradstats.workbench.workload import Workload
+
+GIVES = "(model, loss_fn, batch)"
+LARGEST = 16  # samples of a data set that are checked
 
 
 def run(target: str, *, samples: int, batch_dim: int | None, as_json: bool) -> int:
@@ -31,38 +34,14 @@ def run(target: str, *, samples: int, batch_dim: int | None, as_json: bool) -> i
 
 
 def _make(target: str) -> tuple[nn.Module, Any, Any]:
-    module_name, colon, name = target.partition(":")
-    if not (module_name and colon and name):
-        raise InvalidArgumentError(
-            f"{target!r} is not of the form module:factory, as in my_project.training:example"
-        )
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # the folder the command runs in, as `python -m` has it
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise InvalidArgumentError(
-            f"module {module_name!r} cannot be imported ({_line(error)}). Run in the folder that "
-            "holds it, and name it as `import` would, without .py."
-        ) from error
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        seen = "is not there" if factory is None else f"is a {type(factory).__name__}"
-        raise InvalidArgumentError(
-            f"{name!r} in module {module_name!r} {seen}; it must be a function without arguments "
-            "that returns (model, loss_fn, batch)"
-        )
-    try:
-        made = factory()
-    except Exception as error:
-        raise InvalidArgumentError(
-            f"{target}() failed: {_line(error)}. It is called without arguments and must return "
-            "(model, loss_fn, batch)."
-        ) from error
+    made = call_factory(target, GIVES)
+    if isinstance(made, Workload):
+        size = min(made.num_samples, made.batch_size or LARGEST)
+        return made.model, made.loss_fn, made.take(range(size))
     if not isinstance(made, (tuple, list)) or len(made) != 3:
         seen = type(made).__name__
         seen += f" of {len(made)}" if isinstance(made, (tuple, list)) else ""
-        raise InvalidArgumentError(f"{target}() must return (model, loss_fn, batch), not a {seen}")
+        raise InvalidArgumentError(f"{target}() must return {GIVES}, not a {seen}")
     if not isinstance(made[0], nn.Module) or not callable(made[1]):
         kinds = ", ".join(type(part).__name__ for part in made)
         raise InvalidArgumentError(
@@ -80,8 +59,3 @@ def _show(report: CheckReport) -> None:
     console.print(table)
     for text in report.remarks():
         console.print(text, markup=False, soft_wrap=True)
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -157,6 +157,11 @@ class Monitor:
         self._last_coverage: Coverage | float = 1.0
         self._last_batch: int | Tensor | None = None
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The one that `attach` was given."""
+        return self._options.optimizer
+
     # ---- the loop ------------------------------------------------------------------------------
 
     def step(self) -> GradStats | None:

@@ -209,6 +209,17 @@ class GradStats(Moments):
 
         return _Layers(self.coverage.names, make)
 
+    @property
+    def layer_tr_sigma(self) -> Tensor | None:
+        """(P,): each parameter's tr Σ, in the order of `coverage.names`; NaN where it was not measured."""
+        rows, grads, means = self.layer_sq_norm, self.layer_grad_sq_norm, self.layer_mean_sq_norm
+        if rows is None or grads is None:
+            return None
+        if means is None:
+            means = rows.sum(1) / at_least_one(self.samples)
+        found = Moments(self.samples, self.num_groups, means, grads).tr_sigma
+        return torch.where(self.coverage.measured_mask, found, torch.nan)
+
     def merge(self, other: GradStats) -> GradStats:
         """Pool two records of different samples, exactly: as if both had been summed at once.
 

@@ -346,6 +346,9 @@ EDGES = {
     "trial": {"distributed", "errors", "fallback", "monitor", "stats"},
     "truth": {"batches", "calls", "errors", "mixing", "trial"},
     "checking": {"batches", "calls", "distributed", "errors", "report", "trial", "truth"},
+    "loggers": {"errors", "loggers", "stats"},
+    "workbench": {"batches", "errors", "plan", "trial", "workbench"},
+    "commands": {"check_command", "commands", "demo", "doctor", "errors", "workbench"},
 }
 
 

@@ -1,0 +1,7 @@
+"""The commands of the command line, a file each: its options, and how its result is shown.
+
+Each file has `register(application)`, which adds a function to a typer application. It imports what it
+needs within that function, so that `--help` is quick.
+"""
+
+COMMANDS = ("doctor", "check", "demo")

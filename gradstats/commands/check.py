@@ -1,0 +1,29 @@
+"""`gradstats check module:factory`."""
+
+# No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
+
+from typing import Annotated, Any, Optional
+
+import typer
+
+from gradstats.commands.running import one_line
+
+
+def register(application: Any) -> None:
+    @application.command()
+    def check(
+        target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY")],
+        samples: Annotated[int, typer.Option(help="Compared one at a time, about.")] = 3,
+        batch_dim: Annotated[Optional[int], typer.Option(help="Default: found out.")] = None,  # noqa: UP045
+        as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    ) -> None:
+        """Whether the statistics are exact on your model, compared with plain autograd.
+
+        FACTORY is a function without arguments that returns (model, loss_fn, batch). Exits with 0
+        where everything is exact, 1 where something is wrong or not measured, 2 where the factory
+        or an argument cannot be used.
+        """
+        with one_line():
+            from gradstats.check_command import run
+
+            raise typer.Exit(run(target, samples=samples, batch_dim=batch_dim, as_json=as_json))

@@ -1,0 +1,120 @@
+"""Rows in files: JSON lines and CSV, and reading the former back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from gradstats.errors import GradStatsError, InvalidArgumentError
+from gradstats.loggers.log import Row
+
+__all__ = ["CsvFile", "JsonLines", "read_lines"]
+
+
+class _File:
+    """A file that rows are added to. A row that the disk has no room for stops nothing but the file."""
+
+    def __init__(self, path: str | Path, *, resume: bool = False) -> None:
+        self.path = Path(path)
+        self.error: str | None = None  # why rows are lost since some step
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: TextIO = self.path.open(
+                "a" if resume else "w", encoding="utf-8", newline=""
+            )
+            if resume:
+                self._end_line()
+        except OSError as error:
+            raise InvalidArgumentError(
+                f"{self.path} cannot be written ({error.strerror}); name another file"
+            ) from error
+
+    def _end_line(self) -> None:
+        """What a killed run left half-written becomes a line of its own, which readers pass over."""
+        text = self.path.read_bytes()
+        if text and not text.endswith(b"\n"):
+            self._file.write("\n")
+
+    def __call__(self, row: Row, step: int) -> None:
+        if self.error is not None:
+            return
+        try:
+            self._write(row, step)
+            self._file.flush()
+        except OSError as error:
+            self.error = f"{self.path} takes no more rows since step {step} ({error.strerror})"
+            warnings.warn(f"{self.error}; the training goes on", stacklevel=3)
+
+    def _write(self, row: Row, step: int) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        except OSError as error:
+            self.error = self.error or f"{self.path} could not be closed ({error.strerror})"
+
+
+class JsonLines(_File):
+    """One JSON object per row; numbers that are not finite are null. `resume` adds to what is there."""
+
+    def _write(self, row: Row, step: int) -> None:
+        plain = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        self._file.write(json.dumps(plain) + "\n")
+
+
+class CsvFile(_File):
+    """Comma-separated values, a column for each number of the first row; later ones must fit those."""
+
+    def __init__(self, path: str | Path, *, resume: bool = False) -> None:
+        super().__init__(path, resume=resume)
+        self._columns: list[str] | None = None
+        if resume and self.path.stat().st_size:
+            with self.path.open(encoding="utf-8", newline="") as file:
+                self._columns = next(csv.reader(file), None)
+
+    def _write(self, row: Row, step: int) -> None:
+        if self._columns is None:
+            self._columns = list(row)
+            csv.writer(self._file).writerow(self._columns)
+        new = [name for name in row if name not in self._columns]
+        if new:
+            raise GradStatsError(
+                f"step {step} has {', '.join(new)}, which the first row of {self.path} had not; a CSV file "
+                "has the same columns throughout. Pass the same numbers in every step, or use JsonLines"
+            )
+        csv.writer(self._file).writerow([row.get(name, "") for name in self._columns])
+
+
+def read_lines(path: str | Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a file of JSON lines, and how many of its lines hold none (half-written, or no JSON).
+
+    Raises InvalidArgumentError where the file cannot be read.
+    """
+    rows: list[dict[str, Any]] = []
+    spoilt = 0
+    for line in _lines(Path(path)):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), (int, float)):
+            rows.append(row)
+        else:
+            spoilt += 1
+    return rows, spoilt
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.strip():
+                    yield line
+    except OSError as error:
+        raise InvalidArgumentError(f"{path} cannot be read ({error.strerror})") from error

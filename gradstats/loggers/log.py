@@ -1,0 +1,137 @@
+"""`Log`: reads a monitor every so many optimizer steps and gives what it finds to sinks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from gradstats.errors import InvalidArgumentError
+from gradstats.stats import GradStats
+
+__all__ = ["Log", "Row", "Sink"]
+
+FADING = 0.98  # of a step's share of tr Σ with each later one
+
+Row = dict[str, float]
+Sink = Callable[[Row, int], object]  # called sink(row, step)
+
+
+class Log:
+    """What a monitor knows, as rows of plain numbers, to any number of sinks.
+
+    ```python
+    log = gradstats.Log(monitor, gradstats.loggers.JsonLines("run.jsonl"), every=10)
+    for x, y in loader:
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        stats = monitor.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        log.step(stats, loss=loss)
+    ```
+    Args:
+        monitor: of `gradstats.attach`.
+        sinks: functions sink(row, step): `JsonLines`, `CsvFile`, those of `gradstats.integrations`, or
+            yours.
+        every: optimizer steps between rows. Making a row waits for the device; other steps do not.
+        layers: also each layer's share of tr Σ (`layer_share/<parameter>`), where the monitor keeps them.
+
+    A row holds `step` (optimizer steps, from 1), `samples` seen, `seconds` since the first step,
+    `batch_size` of the last step, `loss` and whatever else `step` was given (means over the steps since
+    the row before), `noise_scale`, `noise_scale_low`, `noise_scale_high`, `tr_sigma`,
+    `true_grad_sq_norm`, `num_skipped`, `coverage`, and `learning_rate` where the monitor knows the
+    optimizer. Numbers may be infinite or NaN.
+    """
+
+    def __init__(self, monitor: Any, *sinks: Sink, every: int = 10, layers: bool = True) -> None:
+        if every < 1:
+            raise InvalidArgumentError(f"every={every} must be at least 1")
+        self.monitor, self.sinks, self.every, self.layers = monitor, list(sinks), every, layers
+        self.steps = 0
+        self._samples: int | Tensor = 0
+        self._batch: int | Tensor = 0
+        self._began: float | None = None
+        self._earlier = 0.0  # seconds of the run that this one goes on from
+        self._sums: dict[str, list[float | Tensor]] = {}
+        self._shares: Tensor | None = None
+        self._names: tuple[str, ...] = ()
+
+    def step(self, stats: GradStats | None = None, **more: float | Tensor) -> Row | None:
+        """Count an optimizer step; returns the row where one was made.
+
+        `stats`: what `monitor.step()` returned. `more`: numbers of this step, `loss` among them.
+        """
+        if self._began is None:
+            self._began = time.perf_counter()
+        self.steps += 1
+        if stats is not None:
+            self._samples = self._samples + stats.samples
+            self._batch = stats.samples
+            self._add_layers(stats)
+        else:  # a step that `every` of the monitor leaves out
+            self._samples = self._samples + self._batch
+        for name, value in more.items():
+            value = value.detach() if isinstance(value, Tensor) else value
+            self._sums.setdefault(name, []).append(value)
+        if self.steps % self.every and self.steps != 1:
+            return None
+        row = self._row()
+        for sink in self.sinks:
+            sink(row, self.steps)
+        return row
+
+    def close(self) -> None:
+        """Close the sinks that can be closed."""
+        for sink in self.sinks:
+            close = getattr(sink, "close", None)
+            if close is not None:
+                close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the rows stand, for a run that is resumed."""
+        return {"steps": self.steps, "samples": int(self._samples), "seconds": self._seconds()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self._samples = state["steps"], state["samples"]
+        self._earlier, self._began = state["seconds"], None
+
+    def _seconds(self) -> float:
+        running = 0.0 if self._began is None else time.perf_counter() - self._began
+        return self._earlier + running
+
+    def _row(self) -> Row:
+        noise = self.monitor.noise_scale()
+        row: Row = {
+            "step": self.steps,
+            "samples": int(self._samples),
+            "seconds": self._seconds(),
+            "batch_size": int(self._batch),
+            "noise_scale": noise.value,
+            "noise_scale_low": noise.low,
+            "noise_scale_high": noise.high,
+            "tr_sigma": noise.tr_sigma,
+            "true_grad_sq_norm": noise.true_grad_sq_norm,
+            "num_skipped": noise.num_skipped,
+            "coverage": noise.coverage,
+        }
+        if self.monitor.optimizer is not None:
+            row["learning_rate"] = float(self.monitor.optimizer.param_groups[0]["lr"])
+        for name, values in self._sums.items():
+            row[name] = sum(float(v) for v in values) / len(values)
+        self._sums.clear()
+        if self._shares is not None:
+            shares = self._shares.clamp_min(0)
+            of_all = (shares / shares.sum()).tolist()
+            row |= {f"layer_share/{name}": s for name, s in zip(self._names, of_all, strict=True)}
+        return row
+
+    def _add_layers(self, stats: GradStats) -> None:
+        """Sums of tr Σ per parameter in which earlier steps count less; nothing waits for the device."""
+        if not self.layers or stats.layer_tr_sigma is None:
+            return
+        now = stats.layer_tr_sigma.nan_to_num(0.0, 0.0, 0.0)
+        self._names = stats.coverage.names
+        self._shares = now if self._shares is None else self._shares * FADING + now

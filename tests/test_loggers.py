@@ -1,0 +1,138 @@
+"""Rows of a monitor's numbers, and the files they go to."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import gradstats
+from gradstats.errors import GradStatsError, InvalidArgumentError
+from gradstats.loggers import CsvFile, JsonLines, read_lines
+
+
+def train(log, model, optimizer, monitor, steps, size=16):
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(size, 4)
+        loss = (model(x) - x[:, :2]).square().mean()
+        loss.backward()
+        stats = monitor.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        log.step(stats, loss=loss)
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture
+def parts():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = gradstats.attach(model, optimizer=optimizer)
+    yield model, optimizer, monitor
+    monitor.detach()
+
+
+def test_rows_hold_what_the_monitor_knows(parts) -> None:
+    model, optimizer, monitor = parts
+    rows = []
+    log = gradstats.Log(monitor, lambda row, step: rows.append((step, row)), every=5)
+    losses = train(log, model, optimizer, monitor, 20)
+    assert [step for step, _ in rows] == [1, 5, 10, 15, 20]
+    last = rows[-1][1]
+    assert last["samples"] == 320
+    assert last["batch_size"] == 16
+    assert last["loss"] == pytest.approx(sum(losses[15:]) / 5)
+    noise = monitor.noise_scale()
+    assert (last["noise_scale"], last["noise_scale_low"]) == (noise.value, noise.low)
+    assert last["learning_rate"] == 0.1
+    shares = {k: v for k, v in last.items() if k.startswith("layer_share/")}
+    assert set(shares) == {f"layer_share/{n}" for n, _ in model.named_parameters()}
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_shares_are_those_of_the_layers(parts) -> None:
+    model, optimizer, monitor = parts
+    x = torch.randn(16, 4)
+    model(x).square().mean().backward()
+    stats = monitor.step()
+    assert stats.layer_tr_sigma is not None
+    for value, layer in zip(stats.layer_tr_sigma, stats.layers.values(), strict=True):
+        torch.testing.assert_close(value, layer.tr_sigma)
+
+
+def test_files(parts, tmp_path) -> None:
+    model, optimizer, monitor = parts
+    paths = tmp_path / "logs" / "run.jsonl", tmp_path / "logs" / "run.csv"
+    log = gradstats.Log(monitor, JsonLines(paths[0]), CsvFile(paths[1]), every=2)
+    train(log, model, optimizer, monitor, 6)
+    log.close()
+    rows, spoilt = read_lines(paths[0])
+    assert (spoilt, [row["step"] for row in rows]) == (0, [1, 2, 4, 6])
+    with paths[1].open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["loss"]) for row in table] == [row["loss"] for row in rows]
+
+
+def test_a_resumed_run_adds_to_its_files(parts, tmp_path) -> None:
+    model, optimizer, monitor = parts
+    paths = tmp_path / "run.jsonl", tmp_path / "run.csv"
+    log = gradstats.Log(monitor, JsonLines(paths[0]), CsvFile(paths[1]), every=2)
+    train(log, model, optimizer, monitor, 4)
+    state = json.loads(json.dumps(log.state_dict()))
+    log.close()
+    with paths[0].open("a") as file:
+        file.write('{"step": 5, "lo')  # killed while it wrote
+    again = gradstats.Log(
+        monitor, JsonLines(paths[0], resume=True), CsvFile(paths[1], resume=True), every=2
+    )
+    again.load_state_dict(state)
+    train(again, model, optimizer, monitor, 2)
+    again.close()
+    rows, spoilt = read_lines(paths[0])
+    assert (spoilt, [row["step"] for row in rows]) == (1, [1, 2, 4, 6])
+    assert rows[-1]["samples"] == 96
+    assert rows[-1]["seconds"] > rows[-2]["seconds"]
+    with paths[1].open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "4", "6"]
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path) -> None:
+    sink = JsonLines(tmp_path / "x.jsonl")
+    sink({"step": 1, "noise_scale": math.inf}, 1)
+    assert read_lines(sink.path)[0] == [{"step": 1, "noise_scale": None}]
+
+
+def test_csv_refuses_new_columns(tmp_path) -> None:
+    sink = CsvFile(tmp_path / "x.csv")
+    sink({"step": 1}, 1)
+    with pytest.raises(GradStatsError, match="step 2 has loss, which the first row"):
+        sink({"step": 2, "loss": 1.0}, 2)
+
+
+def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch) -> None:
+    sink = JsonLines(tmp_path / "x.jsonl")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sink, "_write", full)
+    with pytest.warns(UserWarning, match="takes no more rows since step 7"):
+        sink({"step": 7}, 7)
+    sink({"step": 8}, 8)
+    assert sink.error is not None
+
+
+def test_a_file_that_cannot_be_opened_is_refused(tmp_path) -> None:
+    with pytest.raises(InvalidArgumentError, match="cannot be written"):
+        JsonLines(tmp_path)
+    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+        read_lines(tmp_path / "absent.jsonl")
+    with pytest.raises(InvalidArgumentError, match="every=0 must be at least 1"):
+        gradstats.Log(None, every=0)
