@@ -58,7 +58,7 @@ def test_rows_hold_what_the_monitor_knows(parts) -> None:
 
 
 def test_shares_are_those_of_the_layers(parts) -> None:
-    model, optimizer, monitor = parts
+    model, _, monitor = parts
     x = torch.randn(16, 4)
     model(x).square().mean().backward()
     stats = monitor.step()
