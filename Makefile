@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+DOCS := $(VENV)/.docs
 # Set them to other requirements for other versions, for example TORCH=torch TRITON=triton.
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
@@ -10,7 +11,7 @@ CLANG_FORMAT := $(BIN)/clang-format
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.cpp csrc/cuda/hopper/*.cuh)
 EMULATION := $(wildcard tests/cuda/*.h tests/cuda/*.cpp tests/cuda/device/*.h tests/cuda/device/*.cpp tests/cuda/device/hopper/*.cuh)
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench docs clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -44,6 +45,14 @@ bench: $(STAMP)  ## time the operations and whole training steps
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --benchmark-group-by=group
 	$(BIN)/python bench/step_overhead.py
 	$(BIN)/python bench/peak_memory.py
+
+docs: $(DOCS)  ## build the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Open build/site/index.html"
+
+$(DOCS): $(STAMP)
+	GRADSTATS_BUILD=none $(BIN)/python -m pip install -q --no-build-isolation -e ".[docs]"
+	@touch $(DOCS)
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build dist *.egg-info gradstats/*.so

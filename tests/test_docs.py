@@ -1,138 +1,206 @@
-"""The examples of docs/, as they stand there."""
+"""The documentation: every example in Python runs, every command exists, every link leads somewhere."""
 
 from __future__ import annotations
 
+import json
+import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import TensorDataset
+from doc_blocks import LANGUAGES, PAGES, ROOT, Block, blocks, name
+from doc_pages import common, prelude
 
 import gradstats
-from gradstats.schedulers import instead_of_decay, noise_scale
 
-DOCS = Path(__file__).parent.parent / "docs"
+if sys.version_info >= (3, 11):
+    import tomllib
 
-
-def examples(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
-
-
-LOOP, DECAY, ADASCALE, CHECKPOINT = examples("training.md")
-TIMED, RECOMMENDED, RANKS, COMPARED = examples("choosing.md")
-PROXY, PARTS, MOMENTUM, GEOMETRY, CURVATURE = examples("noise.md")
+DOCS = ROOT / "docs"
+PAGE = {name(page): blocks(page) for page in PAGES}
+PYTHON = {page: [b for b in found if b.language == "python"] for page, found in PAGE.items()}
+SHELL = [b for found in PAGE.values() for b in found if b.language == "sh" and not b.why_not]
+# Blocks that cannot run in a test: their pages, each as often as it has one. Each says why itself.
+NOT_RUN: list[str] = []
 
 
-@pytest.fixture
-def names(tmp_path):
-    """What the examples take for granted."""
-    torch.manual_seed(0)
-    model = nn.Linear(6, 3)
-    x = torch.randn(640, 6)
-    dataset = TensorDataset(x, x[:, :3] + torch.randn(640, 3))
-    optimizer = torch.optim.SGD(model.parameters(), 0.02)
-    return {
-        "torch": torch,
-        "gradstats": gradstats,
-        "model": model,
-        "dataset": dataset,
-        "loader": gradstats.StepLoader(dataset, micro_batch_size=16, batch_size=32),
-        "loss_fn": nn.MSELoss(),
-        "optimizer": optimizer,
-        "monitor": gradstats.attach(model, optimizer=optimizer),
-        "epochs": 6,
-        "path": tmp_path / "checkpoint",
-        "noise_scale": noise_scale,
-        "instead_of_decay": instead_of_decay,
-    }
+def test_every_block_is_run_or_says_why_not() -> None:
+    every = [b for found in PAGE.values() for b in found]
+    assert [b.place for b in every if b.language not in LANGUAGES] == []
+    assert sorted(name(b.page) for b in every if b.why_not) == sorted(NOT_RUN)
+    fences = {page: (ROOT / page).read_text("utf-8").count("```") for page in PAGE}
+    assert fences == {page: 2 * len(found) for page, found in PAGE.items()}  # none was overlooked
 
 
-def error(names) -> float:
-    x, y = names["dataset"].tensors
-    with torch.no_grad():
-        return float(nn.functional.mse_loss(names["model"](x), y))
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny steps gain nothing from threads, and lose much where others use the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-def test_the_loop_learns_and_changes_its_batch_size_and_goes_on_from_a_checkpoint(names):
-    before = error(names)
-    exec(LOOP, names)
-    assert error(names) < 0.8 * before
-    assert names["loader"].epoch == 6
-    assert names["scheduler"].changes
-    assert names["scaling"].batch_size == names["loader"].batch_size
-    kept = names["scheduler"].state_dict()
-    exec(CHECKPOINT, names)
-    assert names["scheduler"].state_dict() == kept
+@pytest.mark.parametrize("page", [page for page, found in PYTHON.items() if found])
+def test_examples_in_python_run(page: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT)  # for examples/
+    names = common(tmp_path)
+    run = prelude(page, names, lambda: capsys.readouterr().out)
+    for block in PYTHON[page]:
+        if block.why_not:
+            continue
+        next(run)
+        block.run(names)
+    with pytest.raises(StopIteration):  # as many yields as examples, and what follows the last
+        next(run)
 
 
-def test_the_batch_grows_as_the_schedule_decays(names):
-    before = error(names)
-    names["monitor"].detach()
-    made, loop = DECAY.split("for step in loader", 1)
-    exec(made, names)
-    for _ in range(5):
-        exec("for step in loader" + loop, names)
-    assert error(names) < before
-    assert names["scheduler"].batch_size == 64
-    # 5 epochs of 640 samples are 100 steps of 32, whatever the batches were.
-    assert names["schedule"].last_epoch == 100
+# ---- shell ---------------------------------------------------------------------------------------
 
 
-def test_adascale_takes_its_gain_from_the_monitor(names):
-    before = error(names)
-    exec(ADASCALE, names)
-    assert error(names) < before
-    assert 1 < names["optimizer"].gain <= 2
-    assert names["schedule"].last_epoch == int(names["optimizer"].scale_invariant_steps)
+def options_of(script: Path) -> set[str]:
+    """The options that a script's text, or that of its neighbours, has."""
+    texts = [script.read_text("utf-8"), *(p.read_text("utf-8") for p in script.parent.glob("*.py"))]
+    return {option for text in texts for option in re.findall(r'"(--[a-z-]+)"', text)}
 
 
-def test_the_step_is_timed_and_the_advice_rests_on_it(names, capsys):
-    exec(LOOP, names)
-    names["x"], names["y"] = names["dataset"].tensors
-    before = error(names)
-    exec(TIMED, names)
-    assert error(names) == before
-    exec(RECOMMENDED, names)
-    assert len(names["advice"].curve) > 1
-    assert all(point.price > 0 for point in names["advice"].curve)
-    exec(RANKS, names)
-    exec(COMPARED, names)
-    out = capsys.readouterr().out
-    assert out.startswith("a step takes ")
-    assert "of [1, 2, 4, 8] ranks, 1 reach it with the least device time" in out
-    assert "1,000 steps of 64 (64,000 samples) get " in out
+def check_script(words: list[str]) -> None:
+    script = ROOT / words[0]
+    assert script.is_file(), f"{words[0]} does not exist"
+    unknown = {w for w in words if w.startswith("--")} - options_of(script)
+    assert not unknown, f"{words[0]} has no {unknown}"
 
 
-def test_methods(names, capsys):
-    with pytest.raises(gradstats.AttachError, match="no trainable normalisation layer"):
-        exec(PROXY, names)
-    names["monitor"].detach()
-    names["model"] = nn.Sequential(nn.Linear(6, 3), nn.LayerNorm(3))
-    exec(PROXY, names)
-    assert names["monitor"]._source.calibration is None
-    names["monitor"].detach()
-    x, y = names["dataset"].tensors
-    pairs = list(zip(x.split(16), y.split(16), strict=True))
-    names["steps"] = [pairs[i : i + 4] for i in range(0, len(pairs), 4)]
-    exec(PARTS, names)
-    assert "in 10 steps, by comparing micro-batches" in capsys.readouterr().out
+def check_command(words: list[str]) -> None:
+    """That the command line takes these arguments; nothing is run."""
+    import typer
+
+    from gradstats.cli import app
+
+    if words == ["--help"]:
+        return
+    command = typer.main.get_command(app()).get_command(None, words[0])  # type: ignore[attr-defined]
+    assert command is not None, f"gradstats {words[0]} does not exist"
+    command.make_context(words[0], words[1:])
 
 
-def test_what_the_optimizer_sees(names, capsys):
-    names["optimizer"] = torch.optim.Adam(names["model"].parameters(), 1e-3)
-    x, y = names["dataset"].tensors
-    names["loader"] = list(zip(x.split(16), y.split(16), strict=True))
-    names["monitor"].detach()
-    exec(MOMENTUM, names)
-    names["monitor"].detach()
-    exec(GEOMETRY, names)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("noise scale under Adam's preconditioner ")
-    assert [line.split()[0] for line in lines[1:]] == ["weight", "bias"]
-    assert names["advice"].batch_size >= 1
-    names["loss_fn_of_batch"] = lambda model, batch: names["loss_fn"](model(batch[0]), batch[1])
-    names["batches"] = names["loader"][:15]
-    exec(CURVATURE, names)
-    assert "the best learning rate of plain SGD is" in capsys.readouterr().out
+def check_install(words: list[str]) -> None:
+    extras = re.findall(r"^([a-z]+) = \[", (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
+    for named in re.findall(r"\[([a-z,]+)\]", " ".join(words)):
+        assert set(named.split(",")) <= set(extras), f"there is no extra {named}"
+
+
+def check_make(words: list[str]) -> None:
+    assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text("utf-8"), re.M), words
+
+
+@pytest.mark.parametrize("block", SHELL, ids=lambda block: block.place)
+def test_shell_lines_name_what_exists(block: Block) -> None:
+    for words in block.commands():
+        match words:
+            case ["gradstats", *rest] | ["python", "-m", "gradstats", *rest]:
+                check_command(rest)
+            case ["python", *rest]:
+                check_script(rest)
+            case ["torchrun", *rest]:
+                first = next(i for i, word in enumerate(rest) if word.endswith(".py"))
+                check_script(rest[first:])
+            case ["make", *rest]:
+                check_make(rest)
+            case ["pip", "install", *rest]:
+                check_install(rest)
+            case ["pytest", *_]:
+                pass
+            case _:
+                pytest.fail(
+                    f"{block.place}: {words} is neither of this project nor marked as not run"
+                )
+
+
+@pytest.mark.parametrize("language", ["json", "toml"])
+def test_data_is_well_formed(language: str) -> None:
+    found = [b for page in PAGE.values() for b in page if b.language == language]
+    for block in found:
+        if language == "json":
+            json.loads(block.code)
+        elif sys.version_info >= (3, 11):
+            tomllib.loads(block.code)
+
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+
+def prose(page: Path) -> str:
+    """A page without its code."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "code", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as mkdocs and GitHub both make them of ASCII words."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    heads = [
+        re.sub(r"[^\w\s-]", "", h).strip().lower() for h in re.findall(r"^#+ (.*)", text, re.M)
+    ]
+    return {re.sub(r"[-\s]+", "-", head) for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_and_pictures_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.is_file(), f"{name(page)} links to {target}, which is not there"
+        if DOCS in page.parents:  # the site holds nothing else
+            assert DOCS in found.parents, f"{name(page)} links to {target}, outside of docs/"
+        if anchor:
+            assert anchor in anchors(found), f"{name(page)} links to {target}, no heading there"
+
+
+def test_the_navigation_holds_every_page_once() -> None:
+    config = (ROOT / "mkdocs.yml").read_text("utf-8")
+    nav = config[config.index("\nnav:") : config.index("\nplugins:")]
+    pages = re.findall(r"(\S+\.md)$", nav, re.MULTILINE)
+    assert sorted(pages) == sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md"))
+
+
+def test_the_reference_names_what_exists() -> None:
+    for dotted in re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text("utf-8"), re.MULTILINE):
+        found = pkgutil.resolve_name(dotted)
+        assert found.__doc__, f"{dotted} has no docstring"
+
+
+def test_the_reference_is_of_everything_public() -> None:
+    named = re.findall(r"^::: gradstats\.(\w+)", (DOCS / "api.md").read_text("utf-8"), re.MULTILINE)
+    errors = {n for n in gradstats.__all__ if n.endswith("Error")}  # on the page as a module
+    assert set(gradstats.__all__) - errors <= set(named)
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def test_the_race_on_the_page_is_the_one_in_the_results() -> None:
+    results = ROOT / "bench" / "results" / "time_to_target_cpu.json"
+    methods = json.loads(results.read_text("utf-8"))["races"]["digits"]["methods"]
+    page = (DOCS / "steps.md").read_text("utf-8")
+
+    def mean(method: dict, of: str, digits: int) -> str:
+        return f"{method[of]['mean']:,.{digits}f} ± {method[of]['half_width']:,.{digits}f}"
+
+    for called, race in methods.items():
+        if called.startswith("fixed "):
+            row = [called.split()[1], f"{race['rate']:.3g}", mean(race, "samples", 0)]
+            row += [mean(race, "steps", 0), mean(race, "seconds", 2)]
+            assert f"| {' | '.join(row)} |" in page
+
+
+def test_costs_are_the_same_on_both_pages() -> None:
+    rows = re.findall(r"^\| .*B \d+ \|.*$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert len(rows) == 5
+    costs = (DOCS / "costs.md").read_text("utf-8")
+    assert all(row in costs for row in rows)
