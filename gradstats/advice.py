@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Literal, get_args
 
 from gradstats.batch_advice import BatchSizeAdvice, CurvePoint
 from gradstats.errors import InvalidArgumentError
-from gradstats.estimators import NoiseScale, require, steps_ratio, whole
+from gradstats.estimators import NoiseScale, readable, require, steps_ratio, whole
 from gradstats.layouts import LARGEST, Clock, Layout, StepSeconds, offered, split, step_clock
 from gradstats.step_time import StepTime
 
@@ -64,6 +64,7 @@ def recommend(
     steps_left: int | None = None,
     device_hour_price: float | None = None,
     tokens_per_sample: float | None = None,
+    critical: float | None = None,
 ) -> BatchSizeAdvice:
     """Advise on the global batch size. Bad arguments raise ``InvalidArgumentError``.
 
@@ -91,6 +92,9 @@ def recommend(
         device_hour_price: of one rank's device, in any currency.
         tokens_per_sample: where ``noise`` and ``batch_size`` are in tokens (``attach(sample="token")``),
             and all else, the advice included, is in samples of so many tokens each.
+        critical: the critical batch size over the noise scale, where it was measured by branches (``gradstats
+            critical`` stores it as ``calibration``). The advice then goes by that multiple of the noise
+            scale; the learning rate's rule ``"noise"`` by the noise scale itself.
     """
     now, world = whole("batch_size", batch_size), whole("world_size", world_size)
     if tokens_per_sample is not None:
@@ -98,6 +102,13 @@ def recommend(
         require(valid, "tokens_per_sample", tokens_per_sample, "pass a number above 0")
         noise = noise.per(tokens_per_sample)
         now = max(1, round(now / tokens_per_sample / world)) * world
+    measured, reasons = noise, [str(noise)]
+    if critical is not None:
+        require(0 < critical < math.inf, "critical", critical, "pass a factor above 0")
+        noise = _scaled(noise, critical)
+        reasons.append(
+            f"the critical batch size is {readable(critical)} times that, as measured by branches"
+        )
     require(now % world == 0, "batch_size", now, f"pass a multiple of world_size={world}")
     most = whole("max_batch_size", max_batch_size, LARGEST)
     require(most >= now, "max_batch_size", most, f"it must not be below batch_size={now}")
@@ -129,7 +140,7 @@ def recommend(
                     price = hours * layout.world_size * device_hour_price
         return CurvePoint(size, *layout, steps, steps * size / now, seconds, cost, hours, price)
 
-    best, curve, reasons = start, [], [str(noise)]
+    best, curve = start, []
     ends = [_best(end, layouts, clock, goal) for end in (noise.low, noise.high)]
     if noise.actionable:
         best = _best(noise.value, layouts, clock, goal)
@@ -144,7 +155,7 @@ def recommend(
     elif not low <= now <= high:
         end, side = ("low", "larger") if low > now else ("high", "smaller")
         reasons.append(f"yet even its {end} end calls for a {side} batch")
-    rate, notes = _rate(learning_rate, optimizer, now, best.batch_size, noise.value)
+    rate, notes = _rate(learning_rate, optimizer, now, best.batch_size, measured.value)
     return BatchSizeAdvice(
         **asdict(point(best)),
         low=low,
@@ -155,6 +166,11 @@ def recommend(
         present=point(start),
         steps_left=steps_left,
     )
+
+
+def _scaled(noise: NoiseScale, factor: float) -> NoiseScale:
+    """A multiple of it, with its interval."""
+    return replace(noise, **{k: factor * getattr(noise, k) for k in ("value", "low", "high")})
 
 
 def require_one_unit(sample: str, timed: StepSeconds | None, tokens: float | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
@@ -38,7 +39,8 @@ def write(path: Path, kind: str, content: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where its folder cannot be, nor can it
+            draft.unlink(missing_ok=True)
         raise InvalidArgumentError(
             f"{path} cannot be written ({error.strerror}); name another file, or make room"
         ) from error

@@ -109,6 +109,10 @@ class Workload:
         """The batch of these samples of the data, on the model's device; an index may be repeated."""
         return self._to_device(self._data.take(indices))
 
+    def take_validation(self, indices: Sequence[int]) -> Any:
+        """The batch of these of the samples held out."""
+        return self._to_device(self._held_out().take(indices))
+
     def batches(self, size: int, *, seed: int = 0, start: int = 0) -> Iterator[Any]:
         """Batches of `size` samples without end: shuffled epochs one after the other.
 
@@ -126,13 +130,16 @@ class Workload:
 
     def validation_batches(self, size: int) -> Iterator[Any]:
         """The samples held out, once, in order; the last batch may be smaller."""
-        held = self._validation
-        if held is None:
+        held = self._held_out()
+        for first in range(0, held.size, size):
+            yield self._to_device(held.take(range(first, min(first + size, held.size))))
+
+    def _held_out(self) -> _Source:
+        if self._validation is None:
             raise InvalidArgumentError(
                 "the workload has no samples held out; give gradstats.Workload(validation=...)"
             )
-        for first in range(0, held.size, size):
-            yield self._to_device(held.take(range(first, min(first + size, held.size))))
+        return self._validation
 
     def _to_device(self, batch: Any) -> Any:
         move = self.device

@@ -1,0 +1,9 @@
+"""The critical batch size, measured by training on from a checkpoint at several batch sizes."""
+
+from __future__ import annotations
+
+from gradstats.workbench.critical.decision import Critical, Tolerance, decide
+from gradstats.workbench.critical.measuring import measure_critical
+from gradstats.workbench.critical.plan import Settings
+
+__all__ = ["Critical", "Settings", "Tolerance", "decide", "measure_critical"]
