@@ -8,6 +8,7 @@ by Ctrl-C.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -31,6 +32,8 @@ def app() -> Any:
 
 def main() -> None:
     """Entry point of the `gradstats` script and of `python -m gradstats`."""
+    # Memory on CPUs is read by torch's profiler, which otherwise announces itself on standard error.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         application = app()
     except ImportError as error:

@@ -90,10 +90,11 @@ class Geometry:
 
     def _plain(self, stats: GradStats) -> Tensor:
         """(P, 2) of tr Σ and |G|²."""
-        layers = [stats.layers[name] for name in stats.coverage.names]
-        return torch.stack(
-            [torch.stack((a.tr_sigma, a.true_grad_sq_norm)) for a in layers]
-        ).double()
+        noise, grads = stats.layer_tr_sigma, stats.layer_grad_sq_norm
+        assert noise is not None
+        assert grads is not None
+        true = grads - noise * (stats.num_groups / at_least_one(stats.samples))
+        return torch.stack((noise, true), 1).double()
 
     def _adam(self, stats: GradStats) -> Tensor:
         return self._by_parameter(stats, _preconditioner, adam_moments)

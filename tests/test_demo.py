@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ import torch
 from gradstats.cli import main
 from gradstats.demo import picture, tasks, train
 from gradstats.demo.screen import Screen
+from gradstats.loggers import read_lines
 
-KEYS = ["step", "samples", "loss", "num_samples", "tr_sigma", "true_grad_sq_norm"]
-READING = ["noise_scale", "low", "high"]
+KEYS = {
+    "step", "samples", "seconds", "batch_size", "loss", "learning_rate", "coverage", "num_skipped",
+    "tr_sigma", "true_grad_sq_norm", "noise_scale", "noise_scale_low", "noise_scale_high",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -41,14 +45,17 @@ def one_thread():
 
 def check_files(folder, steps, batch_size):
     """All three files are there and agree; the lines and the summary."""
-    lines = (folder / "steps.jsonl").read_text("utf-8").splitlines()
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
-    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    rows, spoilt = read_lines(folder / "steps.jsonl")
+    assert spoilt == 0
+    expected = {1, *range(10, steps + 1, 10), steps} if steps else set()
+    assert [row["step"] for row in rows] == sorted(expected)
     for row in rows:
-        assert list(row) == KEYS + READING
+        assert set(row) >= KEYS
         assert row["samples"] == row["step"] * batch_size
-        assert row["num_samples"] == batch_size
+        assert row["batch_size"] == batch_size
         assert math.isfinite(row["loss"])
+    for row, later in pairwise(rows):
+        assert row["seconds"] < later["seconds"]
     summary = json.loads((folder / "summary.json").read_text("utf-8"), parse_constant=pytest.fail)
     assert summary["steps"] == steps
     image = (folder / "noise_scale.png").read_bytes()
@@ -67,6 +74,9 @@ def test_it_trains_measures_and_recommends(demo, tmp_path, monkeypatch, task):
     assert json.loads(out) == summary  # and nothing beside it
     assert [row["step"] for row in rows if row["noise_scale"]] == [1, 10, 12]
     assert all(row["tr_sigma"] > 0 for row in rows)
+    shares = [v for k, v in rows[-1].items() if k.startswith("layer_share/")]
+    assert sum(shares) == pytest.approx(1)
+    assert rows[-1]["noise_scale"] == summary["noise_scale"]["value"]
     assert summary["noise_scale"]["coverage"] == 1
     assert sum(summary["tr_sigma_shares"].values()) == pytest.approx(1)
     assert list(summary["step_seconds"]) == ["1", "2", "4", "8", "16"]
@@ -170,11 +180,15 @@ def test_timing_disturbs_nothing(monkeypatch):
 
 
 def test_the_picture_takes_readings_without_ends(tmp_path):
-    row = dict.fromkeys(KEYS + READING)
-    ends = [(None, None, None), (3.0, 0.0, None), (5.0, 2.0, 9.0)]
+    ends = [
+        (math.nan, 0.0, math.inf),
+        (3.0, 0.0, math.inf),
+        (math.inf, 2.0, math.inf),
+        (5.0, 2.0, 9.0),
+    ]
     rows = []
     for step, (value, low, high) in enumerate(ends, 1):
-        reading = {"noise_scale": value, "low": low, "high": high}
-        rows.append({**row, "step": step, "samples": 8 * step, "loss": 1.0, **reading})
+        reading = {"noise_scale": value, "noise_scale_low": low, "noise_scale_high": high}
+        rows.append({"step": step, "samples": 8 * step, "loss": 1.0, **reading})
     picture.draw(rows, 8, "title", "images", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -57,6 +57,18 @@ def test_rows_hold_what_the_monitor_knows(parts) -> None:
     assert sum(shares.values()) == pytest.approx(1)
 
 
+def test_the_last_steps_are_not_lost(parts) -> None:
+    model, optimizer, monitor = parts
+    rows = []
+    log = gradstats.Log(monitor, lambda row, step: rows.append((step, row)), every=5)
+    losses = train(log, model, optimizer, monitor, 7)
+    last = log.flush()
+    assert [step for step, _ in rows] == [1, 5, 7]
+    assert last is rows[-1][1]
+    assert last["loss"] == pytest.approx(sum(losses[5:]) / 2)
+    assert log.flush() is None
+
+
 def test_shares_are_those_of_the_layers(parts) -> None:
     model, _, monitor = parts
     x = torch.randn(16, 4)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from gradstats.errors import GradStatsError, InvalidArgumentError
 
@@ -47,12 +48,12 @@ def demo(
     )
     _at_least(0, "--seed", seed)
     _require_packages("rich", "matplotlib", *defaults.requires)
-    with _prepare(out) as lines:
+    with closing(_prepare(out)) as lines:
         return _run(task, steps, batch_size, out, seed, as_json, lines)
 
 
 def _run(
-    task: str, steps: int, batch_size: int, out: Path, seed: int, as_json: bool, lines: TextIO
+    task: str, steps: int, batch_size: int, out: Path, seed: int, as_json: bool, lines: Any
 ) -> int:
     import torch
     from rich.console import Console
@@ -102,14 +103,16 @@ def _require_packages(*modules: str) -> None:
         )
 
 
-def _prepare(out: Path) -> TextIO:
+def _prepare(out: Path) -> Any:
     """Make the folder, clear away an earlier run's files and open the new one's first."""
+    from gradstats.loggers import JsonLines
+
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in (SUMMARY, PICTURE):
             (out / name).unlink(missing_ok=True)
-        return (out / STEPS).open("w", encoding="utf-8")
     except OSError as error:
         raise InvalidArgumentError(
             f"--out {out} cannot be written to ({error.strerror}); name another folder"
         ) from error
+    return JsonLines(out / STEPS)

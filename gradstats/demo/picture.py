@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gradstats.demo.train import READ_EVERY
+from gradstats.loggers import Row
+
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
-LOSS_STEPS = 10  # of the smoothed loss
+LOSS_ROWS = 5  # of the smoothed loss
 
 
-def draw(rows: list[dict[str, Any]], batch_size: int, title: str, unit: str, path: Path) -> None:
-    """Draw the lines of steps.jsonl. `unit` says what one sample is, in the plural."""
+def draw(rows: list[Row], batch_size: int, title: str, unit: str, path: Path) -> None:
+    """Draw the rows of steps.jsonl. `unit` says what one sample is, in the plural."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
@@ -38,10 +42,12 @@ def draw(rows: list[dict[str, Any]], batch_size: int, title: str, unit: str, pat
     figure.savefig(path, dpi=150)
 
 
-def _loss(axes: Any, rows: list[dict[str, Any]]) -> None:
-    known = [row for row in rows if row["loss"] is not None]
+def _loss(axes: Any, rows: list[Row]) -> None:
+    known = [row for row in rows if math.isfinite(row["loss"])]
     samples, losses = [row["samples"] for row in known], [row["loss"] for row in known]
-    axes.plot(samples, losses, color=BLUE, alpha=0.3, linewidth=0.8, label="each step")
+    axes.plot(
+        samples, losses, color=BLUE, alpha=0.3, linewidth=0.8, label=f"mean of {READ_EVERY} steps"
+    )
     axes.plot(samples, _smooth(losses), color=BLUE, linewidth=2, label="smoothed")
     axes.set_ylabel("loss (nats)")
     axes.set_ylim(bottom=0)
@@ -50,15 +56,15 @@ def _loss(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 def _smooth(values: list[float]) -> list[float]:
     """A bias-corrected exponential moving average."""
-    keep, total, weight, smooth = 1 - 1 / LOSS_STEPS, 0.0, 0.0, []
+    keep, total, weight, smooth = 1 - 1 / LOSS_ROWS, 0.0, 0.0, []
     for value in values:
         total, weight = keep * total + value, keep * weight + 1
         smooth.append(total / weight)
     return smooth
 
 
-def _noise(axes: Any, rows: list[dict[str, Any]], batch_size: int) -> None:
-    read = [row for row in rows if row["noise_scale"]]
+def _noise(axes: Any, rows: list[Row], batch_size: int) -> None:
+    read = [row for row in rows if 0 < row["noise_scale"] < math.inf]
     samples = [row["samples"] for row in read]
     values = [row["noise_scale"] for row in read]
     axes.set_yscale("log")
@@ -66,8 +72,8 @@ def _noise(axes: Any, rows: list[dict[str, Any]], batch_size: int) -> None:
     floor, top = shown.min() / 2.5, shown.max() * 2.5
     axes.set_ylim(floor, top)
     # A band without a lower or an upper end leaves the picture there.
-    low = [max(row["low"] or 0.0, floor / 10) for row in read]
-    high = [top * 10 if row["high"] is None else row["high"] for row in read]
+    low = [max(row["noise_scale_low"], floor / 10) for row in read]
+    high = [min(row["noise_scale_high"], top * 10) for row in read]
     axes.fill_between(
         samples, low, high, color=ORANGE, alpha=0.2, linewidth=0, label="90% interval"
     )

@@ -13,6 +13,7 @@ from rich.table import Table
 from gradstats.demo.train import Progress as Reached
 from gradstats.demo.train import Run
 from gradstats.estimators import readable
+from gradstats.terminal import advice_table
 
 PLAIN_LINES = 20  # of progress, where the output is not a terminal
 STYLE: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD}
@@ -73,7 +74,8 @@ def show(console: Console, run: Run, files: list[str]) -> None:
     console.print(f" in {run.seconds:.0f} s; loss {_loss(summary)}")
     console.print(summary["noise_scale_sentence"])
     if summary["recommendation"]:
-        console.print(_recommendation(run, summary["recommendation"]))
+        rate = run.task.optimizer.param_groups[0]["lr"]
+        console.print(advice_table(summary["recommendation"], rate))
     if run.step_seconds:
         console.print(_times(run))
     shares = list(run.shares().items())[:LAYERS]
@@ -88,27 +90,6 @@ def show(console: Console, run: Run, files: list[str]) -> None:
 def _loss(summary: dict[str, Any]) -> str:
     first, last = summary["first_loss"], summary["last_loss"]
     return "unknown" if first is None or last is None else f"{first:.3f} → {last:.3f}"
-
-
-def _recommendation(run: Run, advice: dict[str, Any]) -> Table:
-    """The parts of the advice, one per line."""
-    now, size = advice["present_batch_size"], advice["batch_size"]
-    upper = "up" if advice["high"] is None else f"to {advice['high']:,}"
-    rate = run.task.optimizer.param_groups[0]["lr"]
-    change = f"keep {now:,}" if size == now else f"{now:,} → {size:,}"
-    table = Table.grid("", "", padding=(0, 2))
-    table.title, table.title_justify = "\nRecommendation", "left"
-    table.add_row("batch size", f"{change}   (the interval gives {advice['low']:,} {upper})")
-    if advice["learning_rate"] is not None:
-        scaled = f"{advice['learning_rate']:.3g}"
-        table.add_row(
-            "learning rate", f"keep {rate:.3g}" if size == now else f"{rate:.3g} → {scaled}"
-        )
-    for name, what in (("steps", "steps"), ("samples", "samples"), ("time", "seconds")):
-        if advice[what] is not None and size != now:
-            table.add_row(f"expected {name}", f"{readable(advice[what])} × what {now:,} would take")
-    table.add_row("why", advice["reason"].replace("; ", "\n") + "\n")
-    return table
 
 
 def _times(run: Run) -> Table:

@@ -50,7 +50,7 @@ class Log:
         if every < 1:
             raise InvalidArgumentError(f"every={every} must be at least 1")
         self.monitor, self.sinks, self.every, self.layers = monitor, list(sinks), every, layers
-        self.steps = 0
+        self.steps = self._written = 0
         self._samples: int | Tensor = 0
         self._batch: int | Tensor = 0
         self._began: float | None = None
@@ -78,6 +78,13 @@ class Log:
             self._sums.setdefault(name, []).append(value)
         if self.steps % self.every and self.steps != 1:
             return None
+        return self.flush()
+
+    def flush(self) -> Row | None:
+        """Make the row of the steps since the last one now; None where there are none."""
+        if self.steps == self._written:
+            return None
+        self._written = self.steps
         row = self._row()
         for sink in self.sinks:
             sink(row, self.steps)
@@ -95,7 +102,8 @@ class Log:
         return {"steps": self.steps, "samples": int(self._samples), "seconds": self._seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps, self._samples = state["steps"], state["samples"]
+        self.steps = self._written = state["steps"]
+        self._samples = state["samples"]
         self._earlier, self._began = state["seconds"], None
 
     def _seconds(self) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 from gradstats.errors import InvalidArgumentError
 
-__all__ = ["environment", "plain", "read", "write"]
+__all__ = ["environment", "plain", "read", "require_writable", "write"]
 
 VERSION = 1
 
@@ -44,6 +44,16 @@ def write(path: Path, kind: str, content: Mapping[str, Any]) -> None:
         raise InvalidArgumentError(
             f"{path} cannot be written ({error.strerror}); name another file, or make room"
         ) from error
+
+
+def require_writable(path: Path) -> None:
+    """Raise InvalidArgumentError where `write` could not write here: to be told before long work."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "it is a folder" if path.is_dir() else f"no file can be made in {folder}"
+        raise InvalidArgumentError(f"{path} cannot be written ({why}); name another file")
 
 
 def read(path: Path, *kinds: str) -> dict[str, Any]:

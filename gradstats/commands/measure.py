@@ -1,0 +1,183 @@
+"""`gradstats measure module:factory`."""
+
+# No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from gradstats.commands.running import INTERRUPTED, one_line, print_json
+
+LAYERS = 8  # rows of the table
+NAMED = 4  # parameters that are named in a line
+
+
+def register(application: Any) -> None:
+    @application.command()
+    def measure(
+        target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY")],
+        batch_size: Annotated[
+            Optional[int],  # noqa: UP045
+            typer.Option(help="Samples per optimizer step. Default: the workload's, else 32."),
+        ] = None,
+        micro_batch_size: Annotated[
+            Optional[int],  # noqa: UP045
+            typer.Option(help="Samples at once, a divisor of the batch size."),
+        ] = None,
+        steps: Annotated[int, typer.Option(help="Optimizer steps, at most.")] = 100,
+        precision: Annotated[
+            Optional[float],  # noqa: UP045
+            typer.Option(help="End once the interval's ends differ by this factor: 1.5, say."),
+        ] = None,
+        frozen: Annotated[
+            bool, typer.Option("--frozen", help="No updates of the weights.")
+        ] = False,
+        method: Annotated[
+            str, typer.Option(help="per_sample (exact), norm_layers or micro_batch.")
+        ] = "per_sample",
+        sample: Annotated[str, typer.Option(help="What is counted: example or token.")] = "example",
+        every: Annotated[int, typer.Option(help="Measure one step out of so many.")] = 1,
+        geometry: Annotated[
+            Optional[list[str]],  # noqa: UP045
+            typer.Option(help="Also as the optimizer sees it: adam or sign; may be repeated."),
+        ] = None,
+        seed: Annotated[int, typer.Option(help="Of the model and the order of its data.")] = 0,
+        overhead: Annotated[bool, typer.Option(help="Time plain against measured steps.")] = True,
+        timing: Annotated[
+            bool, typer.Option(help="Time several batch sizes, so that the advice weighs time.")
+        ] = True,
+        log: Annotated[
+            Optional[Path],  # noqa: UP045
+            typer.Option(help="Write the rows here as it goes (JSON lines; `gradstats watch`)."),
+        ] = None,
+        out: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+        as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    ) -> None:
+        """The noise scale of your training, its layers, what measuring costs, and the batch size to use.
+
+        FACTORY is a function without arguments that returns (model, loss_fn, data), (model, loss_fn,
+        data, optimizer) or a gradstats.Workload. Real steps are taken, after which the weights, the
+        optimizer and the random numbers are as before. Ctrl-C keeps what was measured. Exits with 0
+        where there is a noise scale, 1 where none could be had or the model cannot be measured like
+        this, 2 where the factory or an argument cannot be used, 130 after Ctrl-C.
+        """
+        with one_line():
+            from gradstats.commands.progress import Progress
+            from gradstats.loggers import JsonLines
+            from gradstats.workbench import measure as bench
+            from gradstats.workbench import saved
+            from gradstats.workbench.workload import load
+
+            if out is not None:
+                saved.require_writable(out)
+            workload = load(target, seed=seed)
+            sinks = [] if log is None else [JsonLines(log)]
+            with Progress("measure") as progress:
+
+                def report(reached: bench.Progress) -> None:
+                    text = reached.stage if reached.row is None else _reading(reached.row)
+                    progress(text, reached.step / reached.steps)
+
+                found = bench.measure(
+                    workload,
+                    batch_size=batch_size,
+                    micro_batch_size=micro_batch_size,
+                    steps=steps,
+                    precision=precision,
+                    frozen=frozen,
+                    method=method,
+                    sample=sample,
+                    every=every,
+                    geometry=tuple(geometry or ()),
+                    seed=seed,
+                    overhead=overhead,
+                    timing=timing,
+                    sinks=sinks,
+                    report=report,
+                )
+            content = {
+                "target": target, "environment": saved.environment(), **found.to_dict(),
+            }  # fmt: skip
+            if out is not None:
+                saved.write(out, "measure", content)
+            if as_json:
+                print_json(content)
+            else:
+                _show(found, [str(path) for path in (log, out) if path is not None])
+            if found.stopped == "interrupted":
+                raise typer.Exit(INTERRUPTED)
+            raise typer.Exit(0 if found.noise.num_steps else 1)
+
+
+def _reading(row: Any) -> str:
+    from gradstats.terminal import between
+
+    ends = between(row["noise_scale_low"], row["noise_scale_high"])
+    return f"step {row['step']:,}  loss {row['loss']:.4g}  noise scale {row['noise_scale']:.3g} ({ends})"
+
+
+def _show(found: Any, files: list[str]) -> None:
+    """For people: what was measured, where the noise is, the cost, the advice."""
+    from gradstats.estimators import readable
+    from gradstats.terminal import advice_table, between, console_and_table
+
+    console, make_table = console_and_table()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    settings, unit = found.settings, "tokens" if found.settings.sample == "token" else "samples"
+    if found.stopped == "interrupted":
+        say("Interrupted: what follows was measured until then.")
+    kind = "at the weights as they are" if settings.frozen else "of training, then undone"
+    say(f"{found.steps:,} steps of {settings.batch_size:,} samples {kind}, on {settings.device}")
+    say(str(found.noise))
+    for noise in found.geometries.values():
+        say(str(noise))
+    if found.layers:
+        title = f"Where the noise is ({len(found.layers)} parameters)"
+        table = make_table(
+            "parameter", "share of tr Σ", f"its noise scale ({unit})", "interval",
+            title=title, title_justify="left",
+        )  # fmt: skip
+        for layer in found.layers[:LAYERS]:
+            share = "" if layer.share is None else f"{layer.share:.1%}"
+            ends = between(layer.noise.low, layer.noise.high)
+            table.add_row(layer.name, share, readable(layer.noise.value), ends)
+        console.print(table)
+    for text in coverage_lines(found):
+        say(text)
+    if found.overhead is not None:
+        cost = found.overhead
+        say(
+            f"a step takes {cost.plain * 1e3:.3g} ms, measured {cost.measured * 1e3:.3g} ms: "
+            f"{cost.ratio:.2f} × ({cost.low:.2f} to {cost.high:.2f})"
+        )
+    if found.timing is not None:
+        say(str(found.timing))
+    for note in found.notes:
+        say(f"note: {note}")
+    if found.advice is not None:
+        console.print(advice_table(found.advice.to_dict(), settings.learning_rate))
+    if files:
+        say("Written: " + ", ".join(files))
+
+
+def coverage_lines(found: Any) -> list[str]:
+    """What the noise scale speaks for, and what not and why."""
+    lines = [f"measured: {100 * found.coverage:.4g}% of the trainable parameters"]
+    reasons: dict[str, list[str]] = {}
+    for name, why in found.missing.items():
+        reasons.setdefault(why, []).append(name)
+    lines += [f"not measured: {_named(names)}: {why}" for why, names in reasons.items()]
+    slow: dict[str, list[str]] = {}
+    for name, (size, why) in found.fallbacks.items():
+        slow.setdefault(f"{why} ({size / 1e6:.3g} MB)", []).append(name)
+    lines += [f"sample by sample: {_named(names)}: {why}" for why, names in slow.items()]
+    return lines
+
+
+def _named(names: list[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
