@@ -366,6 +366,7 @@ EDGES = {
         "step_time",
         "timing",
         "trial",
+        "words",
         "workbench",
     },
     "commands": {

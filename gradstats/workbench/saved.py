@@ -15,7 +15,7 @@ from typing import Any
 
 from gradstats.errors import InvalidArgumentError
 
-__all__ = ["environment", "plain", "read", "require_writable", "write"]
+__all__ = ["environment", "plain", "read", "require_writable", "write", "write_text"]
 
 VERSION = 1
 
@@ -29,7 +29,14 @@ def write(path: Path, kind: str, content: Mapping[str, Any]) -> None:
     Raises InvalidArgumentError where the file cannot be written.
     """
     whole = {"kind": f"gradstats {kind}", "version": VERSION, **content}
-    text = json.dumps(plain(whole), indent=1, allow_nan=False) + "\n"
+    write_text(path, json.dumps(plain(whole), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text; it is replaced at once when all of it is on the disk.
+
+    Raises InvalidArgumentError where it cannot be written.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,11 +46,12 @@ def write(path: Path, kind: str, content: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         draft.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # where its folder cannot be, nor can it
-            draft.unlink(missing_ok=True)
         raise InvalidArgumentError(
             f"{path} cannot be written ({error.strerror}); name another file, or make room"
         ) from error
+    finally:  # also where Ctrl-C comes in between
+        with contextlib.suppress(OSError):  # where its folder cannot be, nor can it
+            draft.unlink(missing_ok=True)
 
 
 def require_writable(path: Path) -> None:

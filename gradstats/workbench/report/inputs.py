@@ -1,0 +1,159 @@
+"""What a report is made of: logs and result files, read and looked through."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradstats.errors import InvalidArgumentError
+from gradstats.loggers import read_lines
+from gradstats.workbench import saved
+
+__all__ = ["KINDS", "Input", "Run", "number", "numbers", "read"]
+
+# Kinds of result files, and the lists of objects that each must hold.
+KINDS: dict[str, tuple[str, ...]] = {
+    "measure": ("rows",),
+    "vram": ("points",),
+    "lr_range": ("curves",),
+    "sweep": ("trials",),
+    "critical": ("branches",),
+    "advise": (),
+    "bench": ("ops", "steps"),
+}
+HEAD = 4096  # characters in which a result file names its kind
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file: its name in the report, its kind ("log" or one of KINDS), and what it holds.
+
+    `content` is the result's object; a log has `rows` instead. `spoilt` counts lines that hold no row,
+    `replaced` rows that a resumed training wrote again.
+    """
+
+    name: str
+    path: str
+    kind: str
+    content: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()
+    spoilt: int = 0
+    replaced: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """The rows of one training in the order of their steps, of a log or of a measurement."""
+
+    name: str
+    rows: Sequence[Mapping[str, Any]]
+    _columns: dict[str, Array] = field(default_factory=dict, repr=False, compare=False)
+
+    def column(self, key: str) -> Array:
+        """(rows,) the numbers under `key`, NaN where there is none."""
+        if key not in self._columns:
+            self._columns[key] = numbers([row.get(key) for row in self.rows])
+        return self._columns[key]
+
+    def last(self, key: str) -> float:
+        """The number under `key` in the last row that has a finite one, else NaN."""
+        known = self.column(key)
+        known = known[np.isfinite(known)]
+        return float(known[-1]) if len(known) else math.nan
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """What rows hold, in the order of the first row that has it."""
+        return list(dict.fromkeys(key for row in self.rows for key in row))
+
+
+def number(value: Any) -> float:
+    """A float; NaN for what is no number (null, text, true)."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if known else math.nan
+
+
+def numbers(values: Any) -> Array:
+    """A float array of a list, NaN for each entry that is no number; empty where it is no list."""
+    values = values if isinstance(values, (list, tuple)) else []
+    return np.array([number(value) for value in values], np.float64)
+
+
+def read(paths: Sequence[Path]) -> list[Input]:
+    """Read logs and result files.
+
+    Raises InvalidArgumentError, which names the file, where one cannot be read, is empty, was cut
+    short, is given twice, or is neither a log nor a result of gradstats.
+    """
+    if not paths:
+        raise InvalidArgumentError(
+            "no file was given; name a log, or what a command wrote by --out"
+        )
+    twice = {path for path in paths if list(paths).count(path) > 1}
+    if twice:
+        raise InvalidArgumentError(f"{min(twice)} was given twice; name each file once")
+    return [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """File names without suffix, with as many folders before them as tell them apart."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.with_suffix("").parts[-depth:]) for path in paths]
+        if len(set(names)) == len(paths):
+            return names
+    return [str(path) for path in paths]
+
+
+def _read(path: Path, name: str) -> Input:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            head = file.read(HEAD)
+    except OSError as error:
+        raise InvalidArgumentError(f"{path} cannot be read ({error.strerror})") from error
+    if not head.strip():
+        raise InvalidArgumentError(f"{path} is empty; has its training made a row yet?")
+    if re.search(r'"kind":\s*"gradstats ', head):
+        content = saved.read(path, *KINDS)
+        kind = str(content["kind"]).removeprefix("gradstats ")
+        _look_through(path, kind, content)
+        return Input(name, str(path), kind, content)
+    rows, spoilt = read_lines(path)
+    if not rows:
+        raise InvalidArgumentError(
+            f"{path} is neither a log of gradstats.Log (none of its {spoilt:,} lines is a row) nor a "
+            "whole result file; was it cut short?"
+        )
+    kept = _in_order(rows)
+    return Input(name, str(path), "log", {}, kept, spoilt, len(rows) - len(kept))
+
+
+def _look_through(path: Path, kind: str, content: Mapping[str, Any]) -> None:
+    for key in KINDS[kind]:
+        found = content.get(key)
+        if not isinstance(found, list) or not all(isinstance(part, dict) for part in found):
+            seen = json.dumps(found)[:40]
+            raise InvalidArgumentError(
+                f"{path} has {key} = {seen}, where a list of objects is needed; was it changed by hand?"
+            )
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the rows of steps that a resumed training has done again."""
+    kept: list[dict[str, Any]] = []
+    first = math.inf
+    for row in reversed(rows):
+        if row["step"] < first:
+            first = row["step"]
+            kept.append(row)
+    return kept[::-1]

@@ -1,0 +1,218 @@
+"""Sections on the machine: memory, what measuring costs, kernels, and where results were made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gradstats.words import readable
+from gradstats.workbench.report.figures import Axis, Bar, Bars, Figure, Line, Mark, Section, Table
+from gradstats.workbench.report.inputs import Input, number, numbers
+
+__all__ = ["bench", "environment", "memory", "overhead", "step_time"]
+
+UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
+
+
+def memory(given: Input) -> Section:
+    content, points = given.content, given.content["points"]
+    size, peak = (
+        numbers([p.get(key) for p in points]) for key in ("micro_batch_size", "peak_bytes")
+    )
+    ok = np.array([bool(point.get("ok")) for point in points], np.bool_)
+    budget, fixed, each = (
+        number(content.get(key)) for key in ("budget_bytes", "fixed_bytes", "bytes_per_sample")
+    )
+    largest = max([n for n in (budget, *peak) if math.isfinite(n)], default=1.0)
+    scale, unit = next((s, u) for s, u in UNITS if largest >= s or s == 1)
+    lines = [Line("fits", size[ok], peak[ok] / scale, style="points", colour=2)]
+    if (~ok).any():  # a size that failed has no peak of its own: it is shown at the limit
+        height = np.where(np.isfinite(peak[~ok]), peak[~ok], budget) / scale
+        lines.append(Line("does not fit", size[~ok], height, style="crosses", colour=1))
+    if math.isfinite(fixed) and math.isfinite(each) and len(size):
+        ends = np.array([0.0, float(np.nanmax(size))])
+        lines.append(
+            Line(
+                "fixed + per sample", ends, (fixed + each * ends) / scale, style="dashed", colour=0
+            )
+        )
+    marks = []
+    if budget > 0:
+        marks.append(
+            Mark("y", budget / scale, f"memory there is: {readable(budget / scale)} {unit}", 1)
+        )
+    chosen = number(content.get("recommended"))
+    if chosen >= 1:
+        marks.append(Mark("x", chosen, f"recommended: {chosen:,.0f}", 2))
+    section = Section(
+        "memory",
+        "Memory",
+        "The most memory of a whole step (forward, backward, optimizer) by micro-batch size.",
+    )
+    section.add(
+        Figure(
+            "Memory by micro-batch size",
+            "Points are real steps. What the line leaves below the limit is the margin.",
+            Axis("micro-batch size (samples)", zero=True),
+            Axis(f"peak memory ({unit})", zero=True),
+            lines,
+            marks,
+        )
+    )
+    rows = [
+        ["device", str(content.get("device") or "–")],
+        ["memory there is", _bytes(budget)],
+        ["fixed (model, optimizer, buffers)", _bytes(fixed)],
+        ["each sample", _bytes(each)],
+        ["largest micro-batch that ran", _whole(number(content.get("largest")))],
+        ["recommended", _whole(chosen)],
+    ]
+    rows += [[f"formula: {name}", text] for name, text in _plain_rows(content.get("formula"))]
+    section.add(Table(["", "value"], [row for row in rows if row[1] != "–"]))
+    return section
+
+
+def overhead(given: Input) -> list[Bars | Figure | None]:
+    """What measuring costs, and how long a step takes, of a measurement."""
+    seconds = given.content.get("step_seconds")
+    bars = None
+    if isinstance(seconds, Mapping):
+        plain, measured = number(seconds.get("plain")), number(seconds.get("measured"))
+        if plain > 0 and measured > 0:
+            top = max(plain, measured)
+            rows = [
+                Bar("plain step", plain / top, f"{1000 * plain:.3g} ms"),
+                Bar("measured step", measured / top, f"{1000 * measured:.3g} ms"),
+            ]
+            ratio = readable(measured / plain)
+            caption = (
+                f"Measuring takes {ratio} × the plain step's time; medians of alternating steps."
+            )
+            bars = Bars("Overhead of measuring", caption, "step", "time", rows)
+    return [bars, step_time(given.content.get("timing"))]
+
+
+def step_time(timing: Any) -> Figure | None:
+    """Seconds of a step by micro-batch size, of StepTime.to_dict()."""
+    points = timing.get("points") if isinstance(timing, Mapping) else None
+    points = [p for p in points or [] if isinstance(p, dict)]
+    if not points:
+        return None
+    lines = []
+    counts = sorted({number(p.get("accumulation_steps")) for p in points})
+    for i, pieces in enumerate(counts):
+        chosen = [p for p in points if number(p.get("accumulation_steps")) == pieces]
+        x, y, low, high = (
+            numbers([p.get(key) for p in chosen])
+            for key in ("micro_batch_size", "seconds", "low", "high")
+        )
+        name = f"{pieces:g} micro-batch{'' if pieces == 1 else 'es'} a step"
+        lines.append(Line(name, x, 1e3 * y, 1e3 * low, 1e3 * high, style="points", colour=i))
+        parts = [number(timing.get(key)) for key in ("update", "launch", "per_sample")]
+        if all(map(math.isfinite, parts)):
+            ends = np.array([x.min(), x.max()])
+            fitted = 1e3 * (parts[0] + pieces * (parts[1] + parts[2] * ends))
+            lines.append(
+                Line(f"{name}, fitted", ends, fitted, style="dashed", colour=i, in_legend=False)
+            )
+    return Figure(
+        "Time of a step by micro-batch size",
+        "Medians with quartiles, and the fitted line. Where it is flat, larger micro-batches are nearly "
+        "free in time.",
+        Axis("micro-batch size (samples)", zero=True),
+        Axis("milliseconds a step", zero=True),
+        lines,
+    )
+
+
+def bench(given: Input) -> Section:
+    content = given.content
+    section = Section("bench", "Kernels and steps", "Timed on this machine, side by side.")
+    rows = []
+    for step in content["steps"]:
+        seconds, ratio = number(step.get("seconds")), number(step.get("ratio"))
+        rows.append(
+            [
+                str(step.get("model", "–")),
+                str(step.get("variant", "–")),
+                f"{1e3 * seconds:.3g} ms" if math.isfinite(seconds) else "–",
+                f"{readable(ratio)} ×" if math.isfinite(ratio) else "–",
+            ]
+        )
+    section.add(
+        Table(
+            ["model", "variant", "time", "of the plain step"],
+            rows,
+            title="Whole steps",
+            caption="Forward, backward and optimizer. The nearer to 1 ×, the less measuring costs.",
+        )
+    )
+    ops = [op for op in content["ops"] if number(op.get("seconds")) > 0]
+    headings = ["operation", "backend", "time", "against torch", "of the machine's limit", "limit"]
+    section.add(
+        Table(
+            headings,
+            [
+                [
+                    str(op.get("name", "–")),
+                    str(op.get("backend", "–")),
+                    f"{1e6 * number(op.get('seconds')):,.3g} µs",
+                    _ratio(op.get("ratio"), " ×"),
+                    _ratio(op.get("of_ceiling"), "%", 100),
+                    str(op.get("limit") or "–"),
+                ]
+                for op in ops
+            ],
+            title="Operations",
+            caption="Against torch: time over that of the kernels it replaces. Of the machine's limit: of "
+            "the bandwidth or matrix rate that was measured in the same run.",
+        )
+    )
+    return section
+
+
+def environment(inputs: Sequence[Input]) -> Section:
+    """Where each result was made; logs do not say."""
+    made = [g for g in inputs if isinstance(g.content.get("environment"), dict)]
+    section = Section("environment", "Environment")
+    tables = [dict(_plain_rows(given.content["environment"])) for given in made]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    rows = [[name, *(table.get(name, "–") for table in tables)] for name in names]
+    targets = [str(given.content.get("target") or "–") for given in made]
+    if any(target != "–" for target in targets):
+        rows.insert(0, ["target", *targets])
+    section.add(Table(["", *(given.name for given in made)], rows))
+    return section
+
+
+def _plain_rows(value: Any, before: str = "") -> list[tuple[str, str]]:
+    """A nest of objects as names and texts."""
+    rows: list[tuple[str, str]] = []
+    for name, part in value.items() if isinstance(value, Mapping) else ():
+        name = f"{before}{name}".replace("_", " ")
+        if isinstance(part, Mapping):
+            rows += _plain_rows(part, "" if name == "versions" else f"{name}, ")
+        elif isinstance(part, float):
+            rows.append((name, readable(part)))
+        else:
+            rows.append((name, "–" if part is None else str(part)))
+    return rows
+
+
+def _bytes(value: float) -> str:
+    if not math.isfinite(value):
+        return "–"
+    scale, unit = next((s, u) for s, u in UNITS if abs(value) >= s or s == 1)
+    return f"{value / scale:.3g} {unit}"
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}" if math.isfinite(value) else "–"
+
+
+def _ratio(value: Any, unit: str, times: float = 1.0) -> str:
+    value = number(value)
+    return f"{readable(times * value)}{unit}" if math.isfinite(value) else "–"

@@ -1,0 +1,150 @@
+"""From files to a report: which sections there are, in which order."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gradstats.errors import InvalidArgumentError
+from gradstats.workbench.report import machine, plans, runs, trade_off, tuning
+from gradstats.workbench.report.advice_of import (
+    Basis,
+    basis_of_measure,
+    basis_of_run,
+    memory_cap,
+    runs_of,
+)
+from gradstats.workbench.report.embedded import Part, embed
+from gradstats.workbench.report.figures import Figure, Mark, Section
+from gradstats.workbench.report.inputs import Input, Run
+from gradstats.workbench.report.remarks import Remark, remarks
+from gradstats.workbench.report.verdict import Verdict, verdict
+
+__all__ = ["Report", "build"]
+
+# Sections of one result file each, in the order of the report.
+OF_RESULTS: dict[str, Callable[[Input], Section]] = {
+    "sweep": plans.sweep,
+    "critical": tuning.critical,
+    "lr_range": tuning.lr_range,
+    "vram": machine.memory,
+    "bench": machine.bench,
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows."""
+
+    title: str
+    made: str
+    verdict: Verdict
+    remarks: Sequence[Remark]
+    sections: Sequence[Section]
+    data: Sequence[Part]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict and what was found, without the figures' points."""
+        return {
+            "title": self.title,
+            "verdict": asdict(self.verdict),
+            "warnings": [asdict(remark) for remark in self.remarks],
+            "sections": [
+                {
+                    "id": section.id,
+                    "title": section.title,
+                    "figures": [part.title for part in section.parts if isinstance(part, Figure)],
+                }
+                for section in self.sections
+            ],
+            "files": [
+                {
+                    "path": part.path,
+                    "kind": part.kind,
+                    "entries": part.entries,
+                    "left_out": part.left_out,
+                }
+                for part in self.data
+            ],
+        }
+
+
+def build(inputs: Sequence[Input], *, title: str | None = None) -> Report:
+    """The report of what `read` gave.
+
+    Raises InvalidArgumentError, which names the file, where a result does not hold what its kind says.
+    """
+    if not inputs:
+        raise InvalidArgumentError("a report needs a file at least; name a log or a result")
+    cap = memory_cap(inputs)
+    trainings = runs_of(inputs)
+    measured = [given for given in inputs if given.kind == "measure"]
+    bases = [_guarded(given, basis_of_measure) for given in measured]
+    known = {basis.name for basis in bases if basis}
+    bases += [basis_of_run(run, cap) for run in trainings if run.name not in known]
+    found = [basis for basis in bases if basis is not None]
+    sections = [*_of_runs(trainings, found, measured, cap)]
+    for kind, make in OF_RESULTS.items():
+        same = [given for given in inputs if given.kind == kind]
+        for i, given in enumerate(same):
+            section = _guarded(given, make)
+            if len(same) > 1:
+                section.id, section.title = f"{section.id}-{i}", f"{section.title}: {given.name}"
+            sections.append(section)
+    sections.append(machine.environment(inputs))
+    now = datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z")
+    names = [given.name for given in inputs]
+    heading = title or (
+        " and ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
+    )
+    return Report(
+        heading,
+        f"{len(inputs)} file{'' if len(inputs) == 1 else 's'}, {now}",
+        verdict(inputs, trainings, found),
+        remarks(inputs, trainings, found),
+        [section for section in sections if section.parts],
+        embed(inputs),
+    )
+
+
+def _of_runs(
+    trainings: Sequence[Run], bases: Sequence[Basis], measured: Sequence[Input], cap: int | None
+) -> list[Section]:
+    marks = [] if cap is None else [Mark("y", cap, f"micro-batch that fits: {cap:,}")]
+    trade = [trade_off.trade_off(basis, cap) for basis in bases]
+    for i, section in enumerate(trade):
+        if len(trade) > 1:
+            section.id, section.title = f"trade-{i}", f"{section.title}: {bases[i].name}"
+    layers = runs.shares(trainings)
+    costs = Section("speed", "Speed and overhead")
+    for given in measured:
+        share, notes = runs.notes_of_layers(given.content.get("layers"))
+        title = f"Share of tr Σ by layer, {given.name}"
+        layers.add(runs.share_bars(title, share, notes))
+        costs.add(*machine.overhead(given))
+    costs.add(runs.speed(trainings))
+    return [
+        runs.noise(trainings, marks),
+        *trade,
+        runs.loss(trainings),
+        runs.summary(trainings),
+        layers,
+        runs.schedule(trainings),
+        costs,
+        runs.other_numbers(trainings),
+    ]
+
+
+def _guarded(given: Input, make: Callable[[Input], Any]) -> Any:
+    """What `make` gives; a result whose fields are of other kinds than they must be is refused."""
+    try:
+        return make(given)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
+        raise InvalidArgumentError(
+            f"{given.path} does not hold what a result of {given.kind} does "
+            f"({type(error).__name__}: {error}); was it changed by hand?"
+        ) from error

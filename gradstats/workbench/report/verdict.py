@@ -1,0 +1,298 @@
+"""The one sentence that a person needs, how sure it is, and what it rests on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from gradstats.estimators import NoiseScale
+from gradstats.words import readable
+from gradstats.workbench.report.advice_of import Basis
+from gradstats.workbench.report.inputs import Input, Run, number, numbers
+from gradstats.workbench.report.plans import better, plans_of
+from gradstats.workbench.report.runs import loss_at
+
+__all__ = ["Fact", "Verdict", "verdict"]
+
+Level = Literal["good", "fair", "poor"]
+NARROW = 3.0  # ratio of an interval's ends up to which a noise scale is called well known
+MOST_FACTS = 6
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number to take away, with a few words on it."""
+
+    name: str
+    value: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`level`: "good" where it can be relied on, "fair" where roughly, "poor" where nothing is decided."""
+
+    headline: str
+    sure: str
+    level: Level
+    facts: Sequence[Fact] = ()
+    reasons: Sequence[str] = ()
+
+
+def verdict(inputs: Sequence[Input], runs: Sequence[Run], bases: Sequence[Basis]) -> Verdict:
+    """From the strongest evidence; what the rest says follows as reasons and facts.
+
+    In order: a plan of `advise`, the noise scale with the narrowest interval, a sweep, a critical
+    batch size, a learning-rate range, memory, speed.
+    """
+    found = [made for given in inputs if given.kind == "advise" and (made := _advised(given))]
+    found += [_by_noise(basis, len(bases) > 1) for basis in sorted(bases, key=_width)[:1]]
+    for kind, finding in (
+        ("sweep", _swept),
+        ("critical", _critical),
+        ("lr_range", _rates),
+        ("vram", _memory),
+        ("bench", _speed),
+    ):
+        found += [made for given in inputs if given.kind == kind and (made := finding(given))]
+    if not found:
+        names = ", ".join(given.name for given in inputs)
+        return Verdict(
+            "Nothing can be advised from these files yet.",
+            f"{names}: no noise scale, plan or limit that could be acted on.",
+            "poor",
+            reasons=_compared(runs),
+        )
+    first, rest = found[0], found[1:]
+    facts = {fact.name: fact for finding in reversed(found) for fact in finding.facts}
+    order = dict.fromkeys(fact.name for finding in found for fact in finding.facts)
+    return replace(
+        first,
+        facts=[facts[name] for name in order][:MOST_FACTS],
+        reasons=[*first.reasons, *_compared(runs), *(f.headline for f in rest)],
+    )
+
+
+def _width(basis: Basis) -> float:
+    noise = basis.noise
+    known = math.isfinite(noise.value) and noise.low > 0
+    return noise.high / noise.low if known else math.inf
+
+
+def _by_noise(basis: Basis, several: bool) -> Verdict:
+    noise, advice = basis.noise, basis.advice
+    now, then = basis.present, basis.size
+    by = f"By {basis.name}: " if several else ""
+    rate = advice.get("learning_rate")
+    if not noise.actionable:
+        headline = (
+            f"{by}keep the batch size of {now:,} for now: the noise scale is not known well enough"
+        )
+        level: Level = "poor"
+    elif now == then:
+        headline, level = f"{by}keep the batch size of {now:,}", _level(noise)
+    else:
+        headline = f"{by}change the batch size from {now:,} to {then:,}"
+        if rate is not None:
+            headline += f", with a learning rate of {readable(rate)}"
+        headline += (
+            f": {_times(advice['steps'])} the steps for {_times(advice['samples'])} the samples"
+        )
+        if advice.get("seconds") is not None:
+            headline += f", in {_times(advice['seconds'])} the time"
+        level = _level(noise)
+    end = "up" if advice["high"] is None else f"to {advice['high']:,}"
+    facts = [
+        Fact(
+            "Batch size",
+            f"{now:,}" if now == then else f"{now:,} → {then:,}",
+            f"its interval gives {advice['low']:,} {end}",
+        ),
+        _noise_fact(noise),
+    ]
+    if rate is not None:
+        facts.append(Fact("Learning rate", readable(rate), "for the advised batch size"))
+    elif now != then and basis.factors:
+        sgd, adam = (readable(basis.factors[kind]) for kind in ("SGD", "Adam"))
+        facts.append(Fact("Learning rate", f"× {sgd}", f"for SGD; × {adam} for Adam and its kin"))
+    if now != then:
+        facts.append(Fact("Steps to the target", _times(advice["steps"]), f"of {now:,} a step"))
+    if advice["accumulation_steps"] > 1 or advice["world_size"] > 1:
+        parts = f"{advice['micro_batch_size']:,} × {advice['accumulation_steps']:,}"
+        ranks = f" × {advice['world_size']:,}" if advice["world_size"] > 1 else ""
+        facts.append(Fact("Micro-batches", parts + ranks, "micro-batch × accumulation × ranks"))
+    reasons = [_capital(part) for part in str(advice["reason"]).split("; ")]
+    return Verdict(_sentence(headline), _sure(noise), level, facts, reasons)
+
+
+def _noise_fact(noise: NoiseScale) -> Fact:
+    if not math.isfinite(noise.value):
+        return Fact("Noise scale", "not bounded" if math.isinf(noise.value) else "unknown")
+    end = "up" if math.isinf(noise.high) else f"to {readable(noise.high)}"
+    interval = f"{100 * noise.confidence:.3g}% interval {readable(noise.low)} {end}"
+    return Fact("Noise scale", readable(noise.value), interval)
+
+
+def _level(noise: NoiseScale) -> Level:
+    return "good" if noise.high <= NARROW * noise.low else "fair"
+
+
+def _sure(noise: NoiseScale) -> str:
+    if not noise.actionable:
+        return "Not sure enough to act on: log more steps, or larger batches, until the interval is narrower."
+    ratio = readable(noise.high / noise.low)
+    known = "Well known" if _level(noise) == "good" else "Known to its order of size"
+    return (
+        f"{known}: the ends of the noise scale's {100 * noise.confidence:.3g}% interval are a factor of "
+        f"{ratio} apart. Costs by the noise-scale model, at the learning rate that suits each size."
+    )
+
+
+def _advised(given: Input) -> Verdict | None:
+    plan = given.content.get("plan")
+    if not isinstance(plan, dict):
+        return None
+    size, micro, pieces, ranks = (
+        number(plan.get(key))
+        for key in ("batch_size", "micro_batch_size", "accumulation_steps", "world_size")
+    )
+    rate, steps = number(plan.get("learning_rate")), number(plan.get("steps"))
+    said, facts = [], []
+    if size >= 1:
+        said.append(f"batches of {size:,.0f}")
+        detail = " × ".join(f"{n:,.0f}" for n in (micro, pieces, ranks) if n >= 1)
+        facts.append(Fact("Batch size", f"{size:,.0f}", f"as {detail}" if detail else ""))
+    if rate > 0:
+        warm = number(plan.get("warmup_steps"))
+        said.append(f"a learning rate of {readable(rate)}")
+        detail = f"after {warm:,.0f} steps of warm-up" if warm >= 1 else ""
+        facts.append(Fact("Learning rate", readable(rate), detail))
+    if steps >= 1:
+        said.append(f"{steps:,.0f} steps")
+        facts.append(Fact("Steps", f"{steps:,.0f}"))
+    if not said:
+        return None
+    reasons = [str(reason) for reason in _list(given.content.get("reasons"))]
+    measured = number(plan.get("measured")) if "measured" in plan else math.nan
+    level: Level = "fair" if measured == 0 else "good"
+    return Verdict(
+        _sentence("Train with " + _and(said)), "As planned by advise.", level, facts, reasons
+    )
+
+
+def _swept(given: Input) -> Verdict | None:
+    plans = [plan for plan in plans_of(given) if math.isfinite(plan.mean)]
+    if len(plans) < 2:
+        return None
+    best, second, rest = plans[0], plans[1], plans[1:]
+    gap, low, high, sure = better(best, second)
+    facts = [Fact("Best plan tried", best.name, f"{best.measure} {readable(best.mean)}")]
+    if sure:
+        headline = f"Of the {len(plans)} plans tried, {best.name} ends lowest"
+        text = (
+            f"Its {best.measure} is lower than {second.name}'s by {readable(gap)} (90% interval "
+            f"{readable(low)} to {readable(high)}, over {len(best.values)} seeds)."
+        )
+        return Verdict(_sentence(headline), text, "good", facts, [text])
+    tied = [plan.name for plan in rest if not better(best, plan)[3]]
+    headline = (
+        f"Of the {len(plans)} plans tried, {_and([best.name, *tied])} end too close to tell apart"
+    )
+    text = f"By {best.measure} over {len(best.values)} seeds; take the one that is soonest."
+    return Verdict(_sentence(headline), text, "fair", facts, [text])
+
+
+def _critical(given: Input) -> Verdict | None:
+    size, low, high = (number(given.content.get(k)) for k in ("critical_batch_size", "low", "high"))
+    if not size >= 1:
+        return None
+    end = "up" if not math.isfinite(high) else f"to {readable(high)}"
+    interval = f"{readable(low)} {end}" if math.isfinite(low) else "not known how surely"
+    headline = (
+        f"Batches of up to {readable(size)} cost no loss at equal samples (critical batch size)"
+    )
+    fact = Fact("Critical batch size", readable(size), interval)
+    sure = f"By branched runs from one checkpoint; the interval is {interval}."
+    return Verdict(_sentence(headline), sure, "good" if math.isfinite(high) else "fair", [fact])
+
+
+def _rates(given: Input) -> Verdict | None:
+    for curve in given.content["curves"]:
+        rate, low, high, size = (
+            number(curve.get(key)) for key in ("suggested", "low", "high", "batch_size")
+        )
+        if rate > 0:
+            at = f" at a batch size of {size:,.0f}" if size >= 1 else ""
+            interval = f"{readable(low)} to {readable(high)} work" if high >= low > 0 else ""
+            headline = f"Use a learning rate of about {readable(rate)}{at}"
+            fact = Fact("Learning rate, range test", readable(rate), interval)
+            sure = "By a range test of a few steps: the edge of a long training may lie lower."
+            return Verdict(_sentence(headline), sure, "fair", [fact])
+    return None
+
+
+def _memory(given: Input) -> Verdict | None:
+    size, largest = (number(given.content.get(key)) for key in ("recommended", "largest"))
+    if not size >= 1:
+        return None
+    most = f" (the largest that ran: {largest:,.0f})" if largest >= 1 else ""
+    device = str(given.content.get("device") or "this device")
+    headline = f"Micro-batches of {size:,.0f} fit the memory of {device}{most}"
+    return Verdict(
+        _sentence(headline),
+        "Confirmed by real steps.",
+        "good",
+        [Fact("Largest micro-batch", f"{size:,.0f}", f"fits {device}")],
+    )
+
+
+def _speed(given: Input) -> Verdict | None:
+    measured = [step for step in given.content["steps"] if step.get("variant") != "plain"]
+    ratios = numbers([step.get("ratio") for step in measured])
+    ratios = ratios[ratios > 0]
+    if not len(ratios):
+        return None
+    low, high = readable(float(ratios.min())), readable(float(ratios.max()))
+    times = low if low == high else f"{low} to {high}"
+    headline = f"A measured step takes {times} times a plain one on this machine"
+    fact = Fact("Measured step", f"× {times}", "of the plain one's time")
+    return Verdict(_sentence(headline), "Timed on this machine.", "good", [fact])
+
+
+def _compared(runs: Sequence[Run]) -> list[str]:
+    """Which of several trainings was ahead at equal samples and equal time."""
+    said = []
+    for key, at in (("samples", "At {} samples"), ("seconds", "After {} seconds")):
+        ends = [run.last(key) for run in runs]
+        if len(runs) < 2 or not all(map(math.isfinite, ends)):
+            continue
+        reached = {run.name: loss_at(run, key, min(ends)) for run in runs}
+        if all(map(math.isfinite, reached.values())):
+            order = sorted(reached, key=lambda name: reached[name])
+            parts = [f"{name} {readable(reached[name])}" for name in order]
+            said.append(
+                f"{at.format(readable(min(ends)))} the smoothed losses were: {', '.join(parts)}"
+            )
+    return said
+
+
+def _times(ratio: float) -> str:
+    return f"{readable(ratio)} ×"
+
+
+def _and(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _sentence(text: str) -> str:
+    return _capital(text) + "."
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -1,0 +1,401 @@
+"""The report as data and as text: verdicts, sections, sizes, escaping."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+import report_files as files
+
+from gradstats import recommend
+from gradstats.cli import main
+from gradstats.estimators import NoiseScale
+from gradstats.workbench import report
+from gradstats.workbench.report.drawing import draw
+from gradstats.workbench.report.figures import Axis, Figure, Line, Mark
+from gradstats.workbench.report.plans import better, plans_of
+from gradstats.workbench.report.thinning import envelope, kept_indices, smoothed, thinned
+from gradstats.workbench.report.ticks import linear_ticks, log_ticks, short
+
+
+def made(*paths):
+    return report.build(report.read(list(paths)))
+
+
+@pytest.fixture
+def everything(tmp_path):
+    logs = [
+        files.log(tmp_path / f"batch-{size}.jsonl", batch_size=size, seed=size, every=640 // size)
+        for size in (32, 128)
+    ]
+    return [*logs, *(files.result(tmp_path, kind) for kind in files.RESULTS)]
+
+
+# ---- the verdict -------------------------------------------------------------------------------
+
+
+def test_a_log_is_advised_on_as_its_noise_scale_would_be(tmp_path) -> None:
+    verdict = made(files.log(tmp_path / "run.jsonl")).verdict
+    noise = NoiseScale(400.0, 280.0, 640.0, 0.9, 38_400, 1200, 0, 1.0, 1.0)
+    advice = recommend(noise, batch_size=32)
+    assert verdict.headline.startswith(f"Change the batch size from 32 to {advice.batch_size:,}: ")
+    assert verdict.level == "good"
+    facts = {fact.name: fact for fact in verdict.facts}
+    assert facts["Noise scale"].value == "400"
+    assert facts["Noise scale"].detail == "90% interval 280 to 640"
+    # SGD by the noise rule, Adam by the square root.
+    ratio = advice.batch_size / 32
+    sgd = (1 + 400 / 32) / (1 + 400 / advice.batch_size)
+    assert facts["Learning rate"].value == f"× {sgd:.3g}"
+    assert facts["Learning rate"].detail.startswith(f"for SGD; × {math.sqrt(ratio):.3g} for Adam")
+
+
+def test_a_batch_that_suits_is_kept(tmp_path) -> None:
+    verdict = made(files.log(tmp_path / "run.jsonl", batch_size=384)).verdict
+    assert verdict.headline == "Keep the batch size of 384."
+
+
+@pytest.mark.parametrize(("low", "high"), [(10.0, None), (10.0, 900.0), (0.0, None)])
+def test_a_wide_interval_decides_nothing(tmp_path, low, high) -> None:
+    rows = files.rows()
+    rows[-1] |= {"noise_scale_low": low, "noise_scale_high": high}
+    found = made(files.log(tmp_path / "run.jsonl", rows))
+    assert found.verdict.headline.startswith("Keep the batch size of 32 for now")
+    assert found.verdict.level == "poor"
+    assert any("too wide to act on" in remark.text for remark in found.remarks)
+
+
+def test_an_unbounded_noise_scale_is_told_from_an_unknown_one(tmp_path) -> None:
+    for square, word in ((-1.0, "not bounded"), (None, "unknown")):
+        rows = files.rows()
+        rows[-1] |= dict.fromkeys(("noise_scale", "noise_scale_high", "noise_scale_low"))
+        rows[-1]["true_grad_sq_norm"] = square
+        verdict = made(files.log(tmp_path / "run.jsonl", rows)).verdict
+        assert verdict.facts[1].value == word
+
+
+def test_the_memory_cap_splits_the_batch(tmp_path) -> None:
+    paths = files.log(tmp_path / "run.jsonl"), files.result(tmp_path, "vram")
+    facts = {fact.name: fact for fact in made(*paths).verdict.facts}
+    micro, pieces = map(int, facts["Micro-batches"].value.split(" × "))
+    assert micro <= 96
+    assert facts["Batch size"].value == f"32 → {micro * pieces:,}"
+
+
+def test_the_strongest_evidence_comes_first(everything) -> None:
+    log, _, measure, *_ = everything
+    assert made(*everything).verdict.headline == (
+        "Train with batches of 256, a learning rate of 0.08 and 4,000 steps."
+    )
+    verdict = made(log, measure).verdict
+    assert verdict.headline.startswith(
+        "By measure: change the batch size from 32 to 256, with a lear"
+    )
+    assert "in 0.4 × the time" in verdict.headline
+
+
+@pytest.mark.parametrize(
+    ("kind", "headline"),
+    [
+        (
+            "vram",
+            "Micro-batches of 96 fit the memory of a GPU of 24 GB (the largest that ran: 112).",
+        ),
+        ("lr_range", "Use a learning rate of about 0.0267 at a batch size of 16."),
+        ("sweep", "Of the 3 plans tried, 16 × 2,000 ends lowest."),
+        ("critical", "Batches of up to 128 cost no loss at equal samples (critical batch size)."),
+        ("bench", "A measured step takes 1.05 times a plain one on this machine."),
+    ],
+)
+def test_each_result_alone_has_a_verdict(tmp_path, kind, headline) -> None:
+    assert made(files.result(tmp_path, kind)).verdict.headline == headline
+
+
+def test_a_sweep_without_a_winner_says_so(tmp_path) -> None:
+    path = files.result(tmp_path, "sweep", **files.sweep(gap=0.0))
+    verdict = made(path).verdict
+    assert "too close to tell apart" in verdict.headline
+    assert verdict.level == "fair"
+
+
+def test_plans_are_compared_by_pairs_of_seeds(tmp_path) -> None:
+    """Against the formula of a paired t interval, on four differences."""
+    trials = [files.trial(16, 200, s, 0.3 + 0.1 * s) for s in range(4)]
+    gaps = [0.02, 0.03, 0.01, 0.04]
+    trials += [files.trial(64, 50, s, 0.3 + 0.1 * s + gaps[s]) for s in range(4)]
+    one, other = plans_of(report.read([files.result(tmp_path, "sweep", trials=trials)])[0])
+    mean, low, high, sure = better(one, other)
+    half = 2.353363 * np.std(gaps, ddof=1) / 2  # Student's t at 95% with 3 degrees of freedom
+    assert (mean, low, high) == pytest.approx((0.025, 0.025 - half, 0.025 + half), rel=1e-5)
+    assert sure
+    assert not better(one, plans_of(report.read([files.result(tmp_path, "sweep")])[0])[0])[3]
+
+
+def test_two_trainings_are_compared_where_the_shorter_ends(tmp_path) -> None:
+    one = files.log(tmp_path / "long.jsonl", [dict(row, loss=2.0) for row in files.rows(100)])
+    short_rows = [dict(row, loss=1.0) for row in files.rows(50)]
+    other = files.log(tmp_path / "short.jsonl", short_rows)
+    reasons = made(one, other).verdict.reasons
+    assert "At 16,000 samples the smoothed losses were: short 1, long 2" in reasons
+    assert "After 25 seconds the smoothed losses were: short 1, long 2" in reasons
+
+
+# ---- sections and remarks ----------------------------------------------------------------------
+
+
+def titles(found):
+    return [f.title for section in found.sections for f in section.parts if isinstance(f, Figure)]
+
+
+def test_sections_are_those_with_data(tmp_path, everything) -> None:
+    log = made(files.log(tmp_path / "run.jsonl"))
+    assert [section.id for section in log.sections] == [
+        *("noise", "trade", "loss", "runs", "layers", "schedule", "speed"),
+    ]
+    all_of_them = [section.id for section in made(*everything).sections]
+    for name in ("sweep", "critical", "lr-range", "memory", "bench", "environment"):
+        assert name in all_of_them
+    plain = made(files.log(tmp_path / "plain.jsonl", [{"step": 1, "loss": 2.0, "accuracy": 0.5}]))
+    assert {"noise", "trade", "layers"}.isdisjoint(section.id for section in plain.sections)
+    assert any("no noise scale" in remark.text for remark in plain.remarks)
+
+
+def test_every_figure_says_how_to_read_it(everything) -> None:
+    found = made(*everything)
+    figures = [f for section in found.sections for f in section.parts if isinstance(f, Figure)]
+    assert len(figures) >= 18
+    for figure in figures:
+        assert len(figure.caption) > 20
+        assert figure.x.label
+        assert figure.y.label
+        drawing = draw(figure)
+        assert figure.title in drawing.alternative
+        assert len(drawing.x_ticks) >= 2, figure.title
+        assert len(drawing.y_ticks) >= 2, figure.title
+
+
+def test_validation_loss_and_other_numbers_are_shown(tmp_path) -> None:
+    path = files.log(tmp_path / "run.jsonl", validation_loss=0.7, accuracy=0.9)
+    found = made(path)
+    (loss,) = (section for section in found.sections if section.id == "loss")
+    assert [line.style for line in loss.parts[0].lines] == ["faint", "line", "dashed"]
+    assert "accuracy" in titles(found)
+
+
+def test_remarks(tmp_path) -> None:
+    rows = files.rows(num_skipped=40, coverage=0.8)
+    rows[5]["loss"] = None
+    text = " ".join(remark.text for remark in made(files.log(tmp_path / "run.jsonl", rows)).remarks)
+    assert "40 of 1,200 steps were left out of the noise scale" in text
+    assert "80% of the trainable parameters were measured" in text
+    assert "the loss is not finite in 1 of 120 rows" in text
+    (uncovered,) = made(files.result(tmp_path, "measure")).remarks
+    assert "98% of the trainable parameters" in uncovered.text
+    assert "emb.weight (sparse gradients)" in uncovered.text
+    trials = [files.trial(16, 10, 0, 0.3), {**files.trial(64, 5, 0, 0.3), "final_loss": None}]
+    (failed,) = made(files.result(tmp_path, "sweep", trials=trials)).remarks
+    assert "the trial of batch size 64, seed 0 has no final loss" in failed.text
+
+
+# ---- drawing -----------------------------------------------------------------------------------
+
+
+def test_points_are_where_they_belong() -> None:
+    """A linear and a logarithmic axis, by hand: 4% of the range is left on each side."""
+    line = Line("a", np.array([0.0, 5.0, 10.0]), np.array([1.0, 10.0, 100.0]))
+    figure = Figure("t", "c", Axis("x"), Axis("y", log=True), [line], [Mark("y", 10.0, "ten")])
+    drawing = draw(figure)
+    left, right = 0.4 / 10.8 * 1000, 10.4 / 10.8 * 1000
+    (shape,) = drawing.shapes
+    numbers = [float(n) for n in re.findall(r"[\d.]+", shape.path)]
+    bottom, top = (1 - 0.08 / 2.16) * 1000, 0.08 / 2.16 * 1000
+    np.testing.assert_allclose(numbers, [left, bottom, 500, 500, right, top], atol=0.06)
+    assert drawing.marks == [(figure.marks[0], 50.0)]
+    assert [tick.text for tick in drawing.y_ticks] == ["1", "2", "5", "10", "20", "50", "100"] or (
+        [tick.text for tick in drawing.y_ticks] == ["1", "3", "10", "30", "100"]
+    )
+    assert "from 1 at 0 to 100 at 10" in drawing.alternative
+
+
+def test_gaps_and_ends_of_bands() -> None:
+    x = np.arange(5.0)
+    y = np.array([1.0, 2.0, np.nan, 2.0, 3.0])
+    band = np.array([np.inf, 4.0, 4.0, np.inf, np.inf])
+    drawing = draw(Figure("t", "c", Axis("x"), Axis("y"), [Line("a", x, y, y - 1, band)]))
+    area, line = drawing.shapes
+    assert line.path.count("M") == 2
+    assert "nan" not in area.path + line.path
+    assert "inf" not in area.path + line.path
+    data = json.dumps(drawing.data, allow_nan=False)
+    assert "null" in data
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(
+    "values", [[3.0], [1e-12, 1e12], [5.0, 5.0], [0.0, 7.0], [-2.0, 2.0], [2e7, 2.1e7]]
+)
+def test_any_range_can_be_drawn(values, log) -> None:
+    line = Line("a", np.array(values), np.array(values))
+    drawing = draw(Figure("t", "c", Axis("x", log), Axis("y", log), [line]))
+    for ticks in (drawing.x_ticks, drawing.y_ticks):
+        assert 2 <= len(ticks) <= 7
+        assert all(0 <= tick.at <= 100 for tick in ticks)
+        assert len({tick.text for tick in ticks}) == len(ticks)
+
+
+def test_ticks_are_round() -> None:
+    assert linear_ticks(0, 38_400, 6) == [0, 10_000, 20_000, 30_000]
+    assert linear_ticks(0.29, 2.31, 6) == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert log_ticks(8, 900, 6) == [10, 30, 100, 300] or log_ticks(8, 900, 6) == [
+        10,
+        20,
+        50,
+        100,
+        200,
+        500,
+    ]
+    assert [short(v) for v in (0.05, 250, 2000, 20_000, 1.5e6, 3e-5, 0)] == [
+        *("0.05", "250", "2,000", "20k", "1.5M", "3e-5", "0"),
+    ]
+
+
+def test_thinning_keeps_the_ends_and_the_extremes() -> None:
+    kept = kept_indices(100_000, 300)
+    assert (kept[0], kept[-1], len(kept)) == (0, 99_999, 300)
+    y = np.zeros(100_000)
+    y[61_803] = 7.0
+    _, low, high = envelope(np.arange(100_000.0), y)
+    assert (low.min(), high.max(), len(high)) == (0, 7, 300)
+    assert thinned({"a": list(range(100)), "b": 1}, 10)[1] == 90
+
+
+def test_smoothing_is_a_weighted_mean() -> None:
+    y = np.array([4.0, np.nan, 1.0])
+    expected = (1 * 1.0 + 0.5**2 * 4.0) / (1 + 0.5**2)
+    np.testing.assert_allclose(smoothed(y, 2.0), [4.0, np.nan, expected])
+
+
+# ---- the page ----------------------------------------------------------------------------------
+
+
+def test_nothing_in_the_files_becomes_markup(tmp_path) -> None:
+    evil = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
+    rows = [{**row, f"layer_share/{evil}": 0.5, evil: 1.0} for row in files.rows(5)]
+    paths = [files.log(tmp_path / "<b>run.jsonl", rows)]
+    layers = [{"name": evil, "share": 0.5, "noise_scale": None}]
+    coverage = {"fraction": 0.5, "missing": {evil: evil}}
+    paths.append(files.result(tmp_path, "measure", layers=layers, coverage=coverage, target=evil))
+    paths.append(files.result(tmp_path, "advise", reasons=[evil], remarks=[evil]))
+    paths.append(files.result(tmp_path, "vram", device=evil))
+    page = report.render(report.build(report.read(paths), title=evil))
+    assert "<script>alert" not in page
+    assert "<img" not in page
+    assert "<b>" not in page
+    assert page.count("<script") == 2 + len(paths)
+    assert page.count("</script") == 2 + len(paths)
+
+
+def test_the_page_asks_for_nothing(everything) -> None:
+    page = report.render(made(*everything))
+    assert not re.findall(r"(?:src|href)=[\"'](?!#|data:)", page)
+    assert "@import" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert "default-src 'none'" in page
+
+
+def test_embedded_data_is_the_files_content(tmp_path) -> None:
+    path = files.log(tmp_path / "run.jsonl")
+    page = report.render(made(path))
+    (text,) = re.findall(r'id="data-0">(.*?)</script>', page, re.DOTALL)
+    assert json.loads(text) == files.rows()
+
+
+def test_long_logs_make_small_pages(tmp_path) -> None:
+    row = files.rows(10)[-1]
+    with (tmp_path / "long.jsonl").open("w") as file:
+        for step in range(1, 100_001):
+            row |= {"step": step, "samples": 32 * step, "loss": 1 + 1 / step, "seconds": 0.1 * step}
+            file.write(json.dumps(row) + "\n")
+    found = made(tmp_path / "long.jsonl")
+    page = report.render(found)
+    assert len(page.encode()) < 2_000_000
+    (remark,) = found.remarks
+    assert remark.text.startswith("100,000 rows: figures show about 300 points")
+    assert found.data[0].left_out > 90_000
+    assert f"{found.data[0].left_out:,}" in page
+    (text,) = re.findall(r'id="data-0">(.*?)</script>', page, re.DOTALL)
+    kept = json.loads(text)
+    assert (kept[0]["step"], kept[-1]["step"]) == (1, 100_000)
+    assert len(kept) == 100_000 - found.data[0].left_out
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["gradstats", "report", *map(str, args)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_command(run, tmp_path) -> None:
+    path, out = files.log(tmp_path / "run.jsonl"), tmp_path / "new" / "report.html"
+    code, said, err = run(path, "--out", out, "--title", "My run")
+    assert (code, err) == (0, "")
+    assert "Change the batch size from 32" in said
+    assert f"Written: {out}" in said
+    assert "<title>gradstats report: My run</title>" in out.read_text()
+    code, said, err = run(path, "--out", out, "--json")
+    found = json.loads(said)
+    assert (code, err) == (0, "")
+    assert found["verdict"]["level"] == "good"
+    assert found["bytes"] == out.stat().st_size
+    assert found["sections"][0]["figures"][0] == "Noise scale over training"
+
+
+def test_command_with_bad_input(run, tmp_path, monkeypatch) -> None:
+    path = files.log(tmp_path / "run.jsonl")
+    before = path.read_text()
+    half = files.result(tmp_path, "sweep")
+    half.write_text(half.read_text()[:400])
+    out = tmp_path / "r.html"
+    for args, message in (
+        ((path, half, "--out", out), "sweep.json is not JSON from line"),
+        ((tmp_path / "absent.jsonl", "--out", out), "absent.jsonl cannot be read (No such file"),
+        ((path, "--out", path), "is one of the files that are read"),
+        ((path, "--out", tmp_path), "cannot be written (it is a folder)"),
+        ((path, "--out", path / "x.html"), "cannot be written (no file can be made in"),
+        ((path, "--out", "."), "it is a folder"),
+    ):
+        code, said, err = run(*args)
+        assert (code, said, err.count("\n")) == (2, "", 1), err
+        assert message in err
+    assert path.read_text() == before
+    assert not out.exists()
+    out.write_text("before")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    code, _, err = run(path, "--out", out)
+    assert (code, out.read_text()) == (2, "before")
+    assert "cannot be written (No space left on device)" in err
+    assert {p.name for p in tmp_path.iterdir()} == {"run.jsonl", "sweep.json", "r.html"}
+
+
+def test_command_without_jinja2(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    code, _, err = run(files.log(tmp_path / "run.jsonl"), "--out", tmp_path / "r.html")
+    assert code == 1
+    assert "run `pip install 'gradstats[report]'`" in err
