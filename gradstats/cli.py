@@ -34,6 +34,11 @@ def main() -> None:
     """Entry point of the `gradstats` script and of `python -m gradstats`."""
     # Memory on CPUs is read by torch's profiler, which otherwise announces itself on standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a terminal without Σ gets a question mark, no traceback
+        getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     try:
         application = app()
     except ImportError as error:

@@ -62,3 +62,9 @@ def advice_table(advice: Mapping[str, Any], learning_rate: float | None) -> Any:
             table.add_row(f"expected {name}", f"{readable(advice[what])} × what {now:,} would take")
     table.add_row("why", advice["reason"].replace("; ", "\n") + "\n")
     return table
+
+
+def shares_bar(share: float, console: Any, width: int = 20) -> str:
+    """A bar of `width` characters for a whole."""
+    letter = "█" if (console.encoding or "").lower().startswith("utf") else "#"
+    return letter * max(0, min(width, round(share * width)))

@@ -4,4 +4,12 @@ Each file has `register(application)`, which adds a function to a typer applicat
 needs within that function, so that `--help` is quick.
 """
 
-COMMANDS = ("doctor", "check", "measure", "demo", "critical", "report")
+COMMANDS = (
+    "doctor",
+    "check",
+    "measure",
+    "demo",
+    "critical",
+    "report",
+    "watch",
+)

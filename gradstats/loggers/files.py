@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from gradstats.errors import GradStatsError, InvalidArgumentError
 from gradstats.loggers.log import Row
 
-__all__ = ["CsvFile", "JsonLines", "read_lines"]
+__all__ = ["CsvFile", "JsonLines", "read_lines", "row_of"]
 
 
 class _File:
@@ -99,15 +99,23 @@ def read_lines(path: str | Path) -> tuple[list[dict[str, Any]], int]:
     rows: list[dict[str, Any]] = []
     spoilt = 0
     for line in _lines(Path(path)):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), (int, float)):
-            rows.append(row)
-        else:
+        row = row_of(line)
+        if row is None:
             spoilt += 1
+        else:
+            rows.append(row)
     return rows, spoilt
+
+
+def row_of(line: str) -> dict[str, Any] | None:
+    """The row that a line holds; None where it was cut short, or is something else."""
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    known = isinstance(step, (int, float)) and not isinstance(step, bool) and math.isfinite(step)
+    return row if known else None
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -1,0 +1,155 @@
+"""What a log says of the training now, and what to look at. Numbers and words only."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from gradstats.estimators import WIDEST_USEFUL, readable
+
+__all__ = ["State", "number", "state_of"]
+
+RECENT = 20  # rows behind the speed
+PATIENCE = 5.0  # times the usual time between rows after which a log counts as stalled
+FEWEST_SECONDS = 30.0  # before that
+SHARE = "layer_share/"
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class State:
+    """The last row and what follows from all of them.
+
+    `age`: seconds since the log was written to; `samples_per_second` over the last rows; `layers`: shares
+    of tr Σ by parameter, the largest first; `warnings`: sentences. None where not known.
+    """
+
+    rows: int
+    last: Mapping[str, Any]
+    samples_per_second: float | None
+    age: float | None
+    layers: Mapping[str, float]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        return {**asdict(self), "warnings": list(self.warnings)}
+
+
+def state_of(
+    rows: Sequence[Row],
+    *,
+    age: float | None = None,
+    spoilt: int = 0,
+    restarts: int = 0,
+    resumed: int = 0,
+) -> State:
+    """The state of a log from its rows (see `Follower`)."""
+    last = rows[-1] if rows else {}
+    shares = {
+        key.removeprefix(SHARE): share
+        for key in last
+        if key.startswith(SHARE) and (share := number(last, key)) is not None
+    }
+    return State(
+        rows=len(rows),
+        last=last,
+        samples_per_second=speed(rows),
+        age=age,
+        layers=dict(sorted(shares.items(), key=lambda item: -item[1])),
+        warnings=tuple([*_file(rows, age, spoilt, restarts, resumed), *_training(last)]),
+    )
+
+
+def number(row: Row, key: str) -> float | None:
+    """A row's finite number, or None."""
+    value = row.get(key)
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if plain and math.isfinite(value) else None  # type: ignore[arg-type]
+
+
+def speed(rows: Sequence[Row]) -> float | None:
+    """Samples per second over the last rows."""
+    known = [
+        (s, t)
+        for row in rows[-RECENT:]
+        if (s := number(row, "samples")) is not None and (t := number(row, "seconds")) is not None
+    ]
+    if len(known) < 2 or known[-1][1] <= known[0][1]:
+        return None
+    return (known[-1][0] - known[0][0]) / (known[-1][1] - known[0][1])
+
+
+def _file(
+    rows: Sequence[Row], age: float | None, spoilt: int, restarts: int, resumed: int
+) -> list[str]:
+    found = []
+    times = [t for row in rows[-RECENT:] if (t := number(row, "seconds")) is not None]
+    gaps = [b - a for a, b in pairwise(times) if b > a]
+    usual = statistics.median(gaps) if gaps else 0.0
+    if rows and age is not None and age > max(PATIENCE * usual, FEWEST_SECONDS):
+        came = f" (rows came every {_duration(usual)})" if gaps else ""
+        found.append(f"no new row for {_duration(age)}{came}: the training has ended, or hangs")
+    if spoilt:
+        found.append(f"{_count(spoilt, 'line')} of the file hold no row, and were passed over")
+    if restarts:
+        found.append(f"the file began anew {_count(restarts, 'time')}")
+    if resumed:
+        found.append(f"the training went back to an earlier step {_count(resumed, 'time')}")
+    return found
+
+
+def _training(last: Row) -> list[str]:
+    if not last:
+        return []
+    found = []
+    if "loss" in last and number(last, "loss") is None:
+        found.append("the loss is not a number: the training has diverged")
+    found += _noise(last)
+    coverage = number(last, "coverage")
+    if coverage is not None and coverage < 1:
+        found.append(
+            f"the noise scale speaks for {100 * coverage:.3g}% of the trainable parameters only "
+            "(coverage.missing of the monitor's record says why)"
+        )
+    skipped = number(last, "num_skipped")
+    if skipped:
+        found.append(
+            f"{_count(int(skipped), 'step')} left out of the noise scale: not finite, or of fewer than "
+            "two samples"
+        )
+    return found
+
+
+def _noise(last: Row) -> list[str]:
+    """What the interval says of the batch size that is used."""
+    if "noise_scale" not in last:
+        return ["this log holds no noise scale: is it one of gradstats.Log?"]
+    low, high = number(last, "noise_scale_low") or 0.0, number(last, "noise_scale_high")
+    batch = number(last, "batch_size")
+    found = []
+    if high is None or high > WIDEST_USEFUL * low:
+        found.append("the noise scale's interval is too wide to act on: measure more steps")
+    elif batch is not None and not low <= batch <= high:
+        side, pays = ("below", "a larger one") if batch < low else ("above", "a smaller one")
+        found.append(
+            f"the batch of {readable(batch)} is {side} the noise scale's interval: {pays} takes fewer "
+            f"{'steps' if batch < low else 'samples'} at little cost (`gradstats advise`)"
+        )
+    return found
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
