@@ -347,6 +347,16 @@ EDGES = {
     "truth": {"batches", "calls", "errors", "mixing", "trial"},
     "checking": {"batches", "calls", "distributed", "errors", "report", "trial", "truth"},
     "loggers": {"errors", "loggers", "stats"},
+    "integrations": {
+        "advice",
+        "errors",
+        "integrations",
+        "loggers",
+        "monitor",
+        "scaling",
+        "schedulers",
+        "stats",
+    },
     "machine": set(),
     "terminal": {"errors", "words"},
     "workbench": {
