@@ -22,6 +22,7 @@ import rank_cases_parts  # noqa: F401
 import rank_cases_schedulers  # noqa: F401
 import rank_cases_timing  # noqa: F401
 import rank_cases_uneven  # noqa: F401
+import rank_cases_vram  # noqa: F401
 import torch
 import torch.distributed as dist
 from rank_tools import CASES
