@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_memory import Machine
 
@@ -93,6 +93,7 @@ def run(monkeypatch, machine: Machine, **options):
     return largest_micro_batch("somewhere:training", **options)
 
 
+@settings(deadline=None)
 @given(
     fixed=st.integers(0, 1200),
     each=st.floats(0.01, 600),
@@ -111,17 +112,12 @@ def test_what_is_recommended_was_confirmed_and_is_the_largest(
     machine = Machine(peak, budget=1000)
     with pytest.MonkeyPatch.context() as patch:
         found = run(patch, machine, multiple_of=multiple_of, max_size=4096)
-    sizes = range(1, 4097)
-    fits = [m for m in sizes if peak(m, True) <= 900 and allowed_below(m, multiple_of) == m]
-    best = max(fits, default=None)
-    if found.recommended is None:
-        assert best is None or peak(1, True) > 900 or multiple_of
-        return
-    assert (found.recommended, True) in machine.tried
-    assert found.recommended in fits
-    assert all(p.ok for p in found.points if p.fresh and p.micro_batch_size == found.recommended)
-    if curved == 0:  # else the line overshoots, and then the search narrows down from above
-        assert found.recommended >= 0.8 * best - (multiple_of or 1)
+    allowed = [m for m in range(1, 4097) if allowed_below(m, multiple_of) == m]
+    if found.recommended is not None:
+        assert (found.recommended, True) in machine.tried
+        assert peak(found.recommended, True) <= 900
+    best = max((m for m in allowed if peak(m, True) <= 895), default=0)  # bytes are whole numbers
+    assert (found.recommended or 0) >= best
 
 
 def test_the_straight_line_needs_one_confirmation(monkeypatch) -> None:
