@@ -1,7 +1,7 @@
 """A small training to try the commands on: `gradstats check examples.digits:training`.
 
-Handwritten digits from scikit-learn (`pip install 'gradstats[demo]'`), with noise added to the images once,
-and a convolutional network. Write such a function for your own training, and name it the same way.
+Handwritten digits from scikit-learn (`pip install 'gradstats[demo]'`), a few copies of each with noise of its
+own, and a convolutional network. Write such a function for your own training, and name it the same way.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch.utils.data import TensorDataset
 
 import gradstats
 
-PIXEL_NOISE = 0.4  # standard deviation, beside pixels from 0 to 1
+PIXEL_NOISE = 0.3  # standard deviation, beside pixels from 0 to 1
+COPIES = 4  # of each image, each with other noise
 HELD_OUT = 360  # of 1,797 images
 
 
@@ -22,13 +23,15 @@ def images() -> tuple[TensorDataset, TensorDataset]:
     data = load_digits()
     generator = torch.Generator().manual_seed(0)
     clean = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    noisy = clean + PIXEL_NOISE * torch.randn(clean.shape, generator=generator)
     labels = torch.tensor(data.target)
     order = torch.randperm(len(labels), generator=generator)
-    held_out, train = order[:HELD_OUT], order[HELD_OUT:]
-    return TensorDataset(noisy[train], labels[train]), TensorDataset(
-        noisy[held_out], labels[held_out]
-    )
+    held_out, train = order[:HELD_OUT], order[HELD_OUT:].repeat(COPIES)
+
+    def noisy(rows: torch.Tensor) -> TensorDataset:
+        noise = torch.randn(len(rows), 1, 8, 8, generator=generator)
+        return TensorDataset(clean[rows] + PIXEL_NOISE * noise, labels[rows])
+
+    return noisy(train), noisy(held_out)
 
 
 def network() -> nn.Module:
