@@ -47,7 +47,7 @@ bench: $(STAMP)  ## time the operations and whole training steps
 	$(BIN)/python bench/peak_memory.py
 
 docs: $(DOCS)  ## build the documentation into build/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "Open build/site/index.html"
 
 $(DOCS): $(STAMP)

@@ -104,9 +104,12 @@ def compare(
         noise: the measurement. Its interval is carried through: both get further with less noise, and
             their ratio changes one way with it, so its ends are the interval's. Where nothing is known
             of the noise scale, they are what any noise scale would give.
-        first, second: (global batch size, optimizer steps), each at the learning rate that suits it.
-        step_seconds, world_size, max_micro_batch_size, device_hour_price: as for `gradstats.recommend`;
-            with them time and price are given.
+        first: (global batch size, optimizer steps), at the learning rate that suits it.
+        second: the same of the other plan.
+        step_seconds: as for `gradstats.recommend`, like the rest; with it time is given.
+        world_size: data-parallel ranks.
+        max_micro_batch_size: most samples that fit one rank's memory at once.
+        device_hour_price: of one rank's device; with it and `step_seconds` prices are given.
 
     Raises InvalidArgumentError for what is out of range, and for batches that were not timed.
     """

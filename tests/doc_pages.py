@@ -7,8 +7,10 @@ each `yield` the next example is executed in `names`. `out()` is what was printe
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,6 +172,25 @@ def commands(names: Names, out: Out) -> Iterator[None]:
     assert names["training"]().num_validation == 640
 
 
+def critical(names: Names, out: Out) -> Iterator[None]:
+    attached(names)
+    train(names)
+    names["monitor"].detach()
+    Path("runs").mkdir()
+    Path("runs/critical.json").write_text(json.dumps({"calibration": 2.0}))
+    yield
+    assert "the critical batch size is 2 times that" in out()
+
+
+def report(names: Names, out: Out) -> Iterator[None]:
+    attached(names)
+    yield  # a log
+    assert len(Path("run.jsonl").read_text().splitlines()) == 5
+    yield  # a report of it
+    assert out()
+    assert "<svg" in Path("report.html").read_text("utf-8")
+
+
 def measured(names: Names, out: Out) -> Iterator[None]:
     names["batch"] = names["loader"][0]
     names["loss_fn"] = lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1])
@@ -256,7 +277,9 @@ def noise(names: Names, out: Out) -> Iterator[None]:
 
 PRELUDES: dict[str, Callable[[Names, Out], Iterator[None]]] = {
     "README.md": readme,
+    "docs/commands/critical.md": critical,
     "docs/commands/index.md": commands,
+    "docs/commands/report.md": report,
     "docs/how_it_works.md": how_it_works,
     "docs/index.md": index,
     "docs/measured.md": measured,

@@ -78,7 +78,10 @@ class AdaScale(torch.optim.Optimizer):
 
     Args:
         params: parameters, or groups of them, as for any optimizer.
-        lr, momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
+        lr: as in `torch.optim.SGD`, like the next three.
+        momentum: of the buffer.
+        weight_decay: added to the gradient.
+        nesterov: whether momentum looks ahead.
         base_batch_size: global batch size that `lr` and its schedule are for, in the samples that the
             statistics count (tokens under ``attach(sample="token")``).
         half_life: steps after which an estimate of tr Σ or |G|² counts half.

@@ -76,7 +76,10 @@ class PerSampleAdam(torch.optim.Optimizer):
 
     Args:
         params: *named* parameters, as `model.named_parameters()` gives them, or groups of them.
-        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        lr: as in `torch.optim.AdamW`, like the next three.
+        betas: memory of the first and the second moment.
+        eps: added to the denominator.
+        weight_decay: decoupled.
         reference_batch_size: R, in the samples that the statistics count.
 
     The variances are brought to the units of `p.grad` at the time of `step()` by the ratio of squared
