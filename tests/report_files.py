@@ -145,13 +145,23 @@ def measure():
                 "share": 0.5 / (k + 1) / 1.1417,
                 "tr_sigma": 1.0,
                 "noise_scale": 100.0 * k,
+                "noise_scale_low": 80.0 * k,
+                "noise_scale_high": 140.0 * k,
             }
             for k, name in enumerate(LAYERS)
         ],
-        "step_seconds": {"plain": 0.0061, "measured": 0.0064, "ratio": 1.049},
+        "step_seconds": {
+            "plain": 0.0061,
+            "measured": 0.0064,
+            "ratio": 1.049,
+            "low": 1.03,
+            "high": 1.07,
+        },
         "timing": timing,
         "advice": advice(),
-        "coverage": {"fraction": 0.98, "missing": {"emb.weight": "sparse gradients"}},
+        "coverage": 0.98,
+        "missing": {"emb.weight": "sparse gradients"},
+        "notes": [],
         "rows": rows(40, seed=3),
     }
 
@@ -185,7 +195,14 @@ def vram():
         "largest": 112,
         "recommended": 96,
         "margin": 0.1,
-        "formula": {"total_bytes": 24e9, "model_bytes": 2.9e9, "answer": 131},
+        "formula": {
+            "total": 23.5e9,
+            "model": 2.9e9,
+            "per_sample": 1.6e8,
+            "largest": 128,
+            "chosen": 128,
+        },
+        "remarks": [],
     }
 
 
@@ -274,7 +291,8 @@ def critical():
         "low": 64,
         "high": 256,
         "noise_scale": noise_scale(60.0, 45.0, 80.0),
-        "calibration": 2.1,
+        "calibration": {"value": 2.1, "low": 1.1, "high": 4.2, "steps": 0},
+        "remarks": [],
     }
 
 

@@ -39,14 +39,13 @@ class Basis:
 
 
 def runs_of(inputs: Sequence[Input]) -> list[Run]:
-    """The trainings whose rows are at hand: logs, and measurements that keep theirs."""
+    """The trainings whose rows are at hand: logs, or else measurements, which are short ones."""
     logs = [Run(given.name, given.rows) for given in inputs if given.kind == "log"]
-    measured = [
+    return logs or [
         Run(given.name, given.content["rows"])
         for given in inputs
         if given.kind == "measure" and given.content["rows"]
     ]
-    return logs + measured
 
 
 def memory_cap(inputs: Sequence[Input]) -> int | None:

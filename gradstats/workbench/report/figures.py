@@ -79,12 +79,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text or cells; the first of each row names it. `caption` may be empty."""
+    """Rows of text or cells; the first of each row names it. A folded one shows its title alone."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
     title: str = ""
     caption: str = ""
+    folded: bool = False
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def memory(given: Input) -> Section:
     section.add(
         Figure(
             "Memory by micro-batch size",
-            "Points are real steps. What the line leaves below the limit is the margin.",
+            "Points are real steps. The line predicts; only sizes that ran are recommended, with a margin.",
             Axis("micro-batch size (samples)", zero=True),
             Axis(f"peak memory ({unit})", zero=True),
             lines,
@@ -67,7 +67,7 @@ def memory(given: Input) -> Section:
         ["memory there is", _bytes(budget)],
         ["fixed (model, optimizer, buffers)", _bytes(fixed)],
         ["each sample", _bytes(each)],
-        ["largest micro-batch that ran", _whole(number(content.get("largest")))],
+        ["largest by the line, not confirmed", _whole(number(content.get("largest")))],
         ["recommended", _whole(chosen)],
     ]
     rows += [[f"formula: {name}", text] for name, text in _plain_rows(content.get("formula"))]
@@ -80,16 +80,21 @@ def overhead(given: Input) -> list[Bars | Figure | None]:
     seconds = given.content.get("step_seconds")
     bars = None
     if isinstance(seconds, Mapping):
-        plain, measured = number(seconds.get("plain")), number(seconds.get("measured"))
+        plain, measured, ratio, low, high = (
+            number(seconds.get(key)) for key in ("plain", "measured", "ratio", "low", "high")
+        )
         if plain > 0 and measured > 0:
             top = max(plain, measured)
             rows = [
                 Bar("plain step", plain / top, f"{1000 * plain:.3g} ms"),
                 Bar("measured step", measured / top, f"{1000 * measured:.3g} ms"),
             ]
-            ratio = readable(measured / plain)
+            interval = (
+                f" (quartiles {readable(low)} to {readable(high)})" if high >= low > 0 else ""
+            )
             caption = (
-                f"Measuring takes {ratio} × the plain step's time; medians of alternating steps."
+                f"A measured step takes {readable(ratio)} × as long as the plain one beside it{interval}; "
+                "bars are medians."
             )
             bars = Bars("Overhead of measuring", caption, "step", "time", rows)
     return [bars, step_time(given.content.get("timing"))]

@@ -113,10 +113,6 @@ def _of_runs(
     trainings: Sequence[Run], bases: Sequence[Basis], measured: Sequence[Input], cap: int | None
 ) -> list[Section]:
     marks = [] if cap is None else [Mark("y", cap, f"micro-batch that fits: {cap:,}")]
-    trade = [trade_off.trade_off(basis, cap) for basis in bases]
-    for i, section in enumerate(trade):
-        if len(trade) > 1:
-            section.id, section.title = f"trade-{i}", f"{section.title}: {bases[i].name}"
     layers = runs.shares(trainings)
     costs = Section("speed", "Speed and overhead")
     for given in measured:
@@ -127,7 +123,7 @@ def _of_runs(
     costs.add(runs.speed(trainings))
     return [
         runs.noise(trainings, marks),
-        *trade,
+        trade_off.trade_off(bases, cap),
         runs.loss(trainings),
         runs.summary(trainings),
         layers,

@@ -76,7 +76,24 @@ def _section(section: Section, drawings: list[Drawing]) -> dict[str, Any]:
             parts.append({"kind": "bars", "bars": part})
         else:
             parts.append({"kind": "table", "table": part})
+    _place(parts)
     return vars(section) | {"parts": parts}
+
+
+def _place(parts: list[dict[str, Any]]) -> None:
+    """Two columns: tables of many columns take both, and so does a part that would stand alone in a row."""
+    alone: dict[str, Any] | None = None
+    for part in parts:
+        table = part.get("table")
+        part["wide"] = table is not None and (len(table.headings) > 2 or table.folded)
+        if part["wide"]:
+            alone, left = None, alone
+        else:
+            alone, left = (part, None) if alone is None else (None, None)
+        if left is not None:
+            left["wide"] = True
+    if alone is not None:
+        alone["wide"] = True
 
 
 def _numbers(figure: Figure) -> Table:

@@ -131,8 +131,8 @@ def _map(plans: Sequence[Plan]) -> Table:
         ["batch size × steps", "learning rate", *(f"seed {seed}" for seed in seeds)],
         rows,
         title=f"Map: {measure} of every trial",
-        caption="The deeper the colour, the lower the loss; the lowest is bold. Rows of one colour "
-        "throughout differ by more than chance.",
+        caption="The deeper the colour, the lower the loss; the lowest is bold. Where the "
+        "colour changes as much within rows as between them, the plans cannot be told apart.",
     )
 
 

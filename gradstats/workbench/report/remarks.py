@@ -43,16 +43,11 @@ def _of_file(given: Input) -> list[str]:
         )
     if given.content.get("interrupted"):
         said.append("it was interrupted: it holds what was measured until then.")
-    coverage = given.content.get("coverage")
-    if isinstance(coverage, dict):
-        fraction, missing = number(coverage.get("fraction")), coverage.get("missing")
-        if fraction < 1 or missing:
-            said.append(_uncovered(fraction, missing))
-    for trial in given.content.get("trials") or []:
-        if not math.isfinite(number(trial.get("final_loss"))):
-            plan = f"batch size {trial.get('batch_size')}, seed {trial.get('seed')}"
-            said.append(f"the trial of {plan} has no final loss (it failed, or diverged).")
-    said += [str(remark) for remark in _list(given.content.get("remarks"))]
+    coverage, missing = number(given.content.get("coverage")), given.content.get("missing")
+    if coverage < 1 or missing:
+        said.append(_uncovered(coverage, missing))
+    for key in ("notes", "remarks"):
+        said += [str(remark) for remark in _list(given.content.get(key))]
     return said
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gradstats.words import readable
 from gradstats.workbench.report.figures import Axis, Bar, Bars, Figure, Line, Mark, Section, Table
-from gradstats.workbench.report.inputs import Run
+from gradstats.workbench.report.inputs import Run, number
 from gradstats.workbench.report.thinning import POINTS, envelope, kept_indices, smoothed
 
 __all__ = ["loss", "noise", "other_numbers", "schedule", "shares", "speed", "summary"]
@@ -172,8 +172,8 @@ def noise(runs: Sequence[Run], marks: Sequence[Mark]) -> Section:
         return section
     caption = (
         "Where the dashed line lies below the band, a larger batch saves steps at little cost in samples; "
-        "above it, a smaller one saves samples. The band is the 90% interval; where it is very wide it is "
-        "cut off. Both axes are in samples, the upright one in powers."
+        "above it, a smaller one saves samples. The band is the 90% interval, cut off where it is very wide. "
+        "The vertical axis is logarithmic."
     )
     size = Axis("samples per step", log=True)
     section.add(Figure("Noise scale over training", caption, SAMPLES, size, lines, marks))
@@ -374,8 +374,10 @@ def notes_of_layers(layers: Any) -> tuple[dict[str, float], dict[str, str]]:
         name, part = str(layer.get("name")), layer.get("share")
         if isinstance(part, (int, float)) and part >= 0:
             share[name] = float(part)
-            value = layer.get("noise_scale")
-            value = value.get("value") if isinstance(value, dict) else value
-            if isinstance(value, (int, float)):
-                notes[name] = readable(float(value))
+            value, low, high = (
+                number(layer.get(f"noise_scale{end}")) for end in ("", "_low", "_high")
+            )
+            if math.isfinite(value):
+                ends = f" ({readable(low)} to {readable(high)})" if high >= low > 0 else ""
+                notes[name] = readable(value) + ends
     return share, notes

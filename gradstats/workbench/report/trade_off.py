@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +20,7 @@ SIZES = 61  # of a curve by the model alone
 REACH = 8.0  # it goes so many times beyond the present size and the noise scale
 
 
-def trade_off(basis: Basis, cap: int | None) -> Section:
+def trade_off(bases: Sequence[Basis], cap: int | None) -> Section:
     section = Section(
         "trade",
         "Trade-off",
@@ -26,20 +28,27 @@ def trade_off(basis: Basis, cap: int | None) -> Section:
         "S/S_min = 1 + B_noise/B and E/E_min = 1 + B/B_noise (McCandlish et al. 2018), each size at "
         "its own best learning rate.",
     )
-    noise = basis.noise.value
-    if not (math.isfinite(noise) and noise > 0):
-        return section
+    tables = []
+    known = [b for b in bases if math.isfinite(b.noise.value) and b.noise.value > 0]
+    for basis in known:
+        of = f", {basis.name}" if len(known) > 1 else ""
+        points = [point for point in basis.advice.get("curve") or [] if isinstance(point, dict)]
+        section.add(_figure(basis, points, cap, of))
+        tables.append(_table(basis, points, of))
+    section.add(*tables)
+    return section
+
+
+def _marks(basis: Basis, cap: int | None) -> list[Mark]:
     marks = [Mark("x", basis.present, f"now: {basis.present:,}")]
     if basis.size != basis.present:
         marks.append(Mark("x", basis.size, f"advised: {basis.size:,}", 2))
     if cap is not None:
         marks.append(Mark("x", cap, f"micro-batch that fits: {cap:,}"))
-    points = [point for point in basis.advice.get("curve") or [] if isinstance(point, dict)]
-    section.add(_figure(basis, points, marks), _table(basis, points))
-    return section
+    return marks
 
 
-def _figure(basis: Basis, points: list[dict[str, object]], marks: list[Mark]) -> Figure:
+def _figure(basis: Basis, points: list[dict[str, Any]], cap: int | None, of: str) -> Figure:
     now, noise = basis.present, basis.noise
     first, last = min(now, noise.value) / REACH, max(now, noise.value) * REACH
     sizes = np.geomspace(max(1.0, first), max(last, 2.0), SIZES)
@@ -74,16 +83,16 @@ def _figure(basis: Basis, points: list[dict[str, object]], marks: list[Mark]) ->
         caption += " Time weighs the steps with the seconds that each size takes on this machine."
     axis = Axis("batch size (samples per step)", log=True)
     return Figure(
-        "Steps, samples and time to the same loss",
+        f"What the same loss costs{of}",
         caption,
         axis,
         Axis("cost, × the present", log=True),
         lines,
-        marks,
+        _marks(basis, cap),
     )
 
 
-def _table(basis: Basis, points: list[dict[str, object]]) -> Table:
+def _table(basis: Basis, points: list[dict[str, Any]], of: str) -> Table:
     headings = [
         *("batch size", "micro-batch", "accumulation", "ranks", "steps", "samples", "time"),
         *("device time", "hours", "price"),
@@ -104,5 +113,6 @@ def _table(basis: Basis, points: list[dict[str, object]]) -> Table:
     return Table(
         [headings[i] for i in kept],
         [[row[i] for i in kept] for row in rows],
-        title="The sizes that were weighed",
+        title=f"The sizes that were weighed{of}",
+        folded=True,
     )

@@ -139,7 +139,7 @@ def critical(given: Input) -> Section:
     section.add(
         Figure(
             "Loss of the branches",
-            "Smoothed training loss. Dashed branches fell behind by more than the tolerance.",
+            "Smoothed. Dashed branches fell behind by more than the tolerance.",
             SAMPLES,
             Axis("loss"),
             lines,
@@ -161,7 +161,7 @@ def critical(given: Input) -> Section:
     section.add(
         Figure(
             "Where the branches end",
-            "Loss at the end over the same samples. Left of the green line, larger batches are free.",
+            "Means over the seeds. Left of the green line, larger batches cost no more samples.",
             Axis("batch size (samples)", log=True),
             Axis("loss at the end"),
             [
@@ -177,7 +177,7 @@ def critical(given: Input) -> Section:
 
 def _facts(content: Mapping[str, Any], found: float, noise: float) -> Table:
     factor = content.get("calibration")
-    factor = number(factor.get("factor") if isinstance(factor, dict) else factor)
+    factor = number(factor.get("value") if isinstance(factor, dict) else factor)
     rows: list[tuple[str, float]] = [
         ("checkpoint at step", number(content.get("step"))),
         ("critical batch size", found),

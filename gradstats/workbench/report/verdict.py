@@ -19,6 +19,11 @@ __all__ = ["Fact", "Verdict", "verdict"]
 Level = Literal["good", "fair", "poor"]
 NARROW = 3.0  # ratio of an interval's ends up to which a noise scale is called well known
 MOST_FACTS = 6
+# Facts that stand beside another finding's; the others are what that finding would have one do.
+ALONGSIDE = {
+    *("Noise scale", "Critical batch size", "Largest micro-batch", "Best plan tried"),
+    *("Learning rate, range test", "Measured step"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,12 @@ def verdict(inputs: Sequence[Input], runs: Sequence[Run], bases: Sequence[Basis]
             reasons=_compared(runs),
         )
     first, rest = found[0], found[1:]
-    facts = {fact.name: fact for finding in reversed(found) for fact in finding.facts}
-    order = dict.fromkeys(fact.name for finding in found for fact in finding.facts)
+    facts = [*first.facts]
+    for fact in (fact for finding in rest for fact in finding.facts if fact.name in ALONGSIDE):
+        facts += [] if fact.name in [known.name for known in facts] else [fact]
     return replace(
         first,
-        facts=[facts[name] for name in order][:MOST_FACTS],
+        facts=facts[:MOST_FACTS],
         reasons=[*first.reasons, *_compared(runs), *(f.headline for f in rest)],
     )
 
@@ -211,38 +217,52 @@ def _critical(given: Input) -> Verdict | None:
     end = "up" if not math.isfinite(high) else f"to {readable(high)}"
     interval = f"{readable(low)} {end}" if math.isfinite(low) else "not known how surely"
     headline = (
-        f"Batches of up to {readable(size)} cost no loss at equal samples (critical batch size)"
+        f"Batches of up to {readable(size)} lose nothing over equal samples (critical batch size)"
     )
     fact = Fact("Critical batch size", readable(size), interval)
     sure = f"By branched runs from one checkpoint; the interval is {interval}."
-    return Verdict(_sentence(headline), sure, "good" if math.isfinite(high) else "fair", [fact])
+    doubted = bool(given.content.get("remarks")) or not math.isfinite(high)
+    return Verdict(_sentence(headline), sure, "fair" if doubted else "good", [fact])
 
 
 def _rates(given: Input) -> Verdict | None:
-    for curve in given.content["curves"]:
-        rate, low, high, size = (
-            number(curve.get(key)) for key in ("suggested", "low", "high", "batch_size")
-        )
-        if rate > 0:
-            at = f" at a batch size of {size:,.0f}" if size >= 1 else ""
-            interval = f"{readable(low)} to {readable(high)} work" if high >= low > 0 else ""
-            headline = f"Use a learning rate of about {readable(rate)}{at}"
-            fact = Fact("Learning rate, range test", readable(rate), interval)
-            sure = "By a range test of a few steps: the edge of a long training may lie lower."
-            return Verdict(_sentence(headline), sure, "fair", [fact])
-    return None
+    """The suggested rates, by batch size where several were tried."""
+    found = [
+        {key: number(curve.get(key)) for key in ("batch_size", "suggested", "low", "high")}
+        for curve in given.content["curves"]
+    ]
+    found = [curve for curve in found if curve["suggested"] > 0]
+    if not found:
+        return None
+    parts = []
+    for curve in found:
+        at = f" at a batch size of {curve['batch_size']:,.0f}" if curve["batch_size"] >= 1 else ""
+        parts.append(f"{readable(curve['suggested'])}{at}")
+    ends = [readable(end([c["suggested"] for c in found])) for end in (min, max)]
+    detail = ""
+    if len(found) > 1:
+        sizes = [c["batch_size"] for c in found]
+        detail = f"for batch sizes {min(sizes):,.0f} to {max(sizes):,.0f}"
+    elif found[0]["high"] >= found[0]["low"] > 0:
+        detail = f"{readable(found[0]['low'])} to {readable(found[0]['high'])} work"
+    fact = Fact("Learning rate, range test", " – ".join(dict.fromkeys(ends)), detail)
+    return Verdict(
+        _sentence(f"Use a learning rate of about {_and(parts)}"),
+        "By range tests of a few steps: the edge in a long training may lie lower.",
+        "fair",
+        [fact],
+    )
 
 
 def _memory(given: Input) -> Verdict | None:
-    size, largest = (number(given.content.get(key)) for key in ("recommended", "largest"))
+    size = number(given.content.get("recommended"))
     if not size >= 1:
         return None
-    most = f" (the largest that ran: {largest:,.0f})" if largest >= 1 else ""
     device = str(given.content.get("device") or "this device")
-    headline = f"Micro-batches of {size:,.0f} fit the memory of {device}{most}"
+    headline = f"Micro-batches of {size:,.0f} fit the memory of {device}"
     return Verdict(
         _sentence(headline),
-        "Confirmed by real steps.",
+        "Confirmed by real steps in a fresh process.",
         "good",
         [Fact("Largest micro-batch", f"{size:,.0f}", f"fits {device}")],
     )
