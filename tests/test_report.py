@@ -92,10 +92,10 @@ def test_the_strongest_evidence_comes_first(everything) -> None:
         "Train with batches of 256, a learning rate of 0.08 and 4,000 steps."
     )
     verdict = made(log, measure).verdict
-    assert verdict.headline.startswith(
-        "By measure: change the batch size from 32 to 256, with a lear"
+    assert verdict.headline == (
+        "By measure: change the batch size from 32 to 256 and the learning rate to 0.11: 81% fewer "
+        "steps, 52% more samples, 60% less time to the same loss."
     )
-    assert "in 0.4 × the time" in verdict.headline
 
 
 @pytest.mark.parametrize(
@@ -274,10 +274,12 @@ def test_thinning_keeps_the_ends_and_the_extremes() -> None:
     assert thinned({"a": list(range(100)), "b": 1}, 10)[1] == 90
 
 
-def test_smoothing_is_a_weighted_mean() -> None:
-    y = np.array([4.0, np.nan, 1.0])
-    expected = (1 * 1.0 + 0.5**2 * 4.0) / (1 + 0.5**2)
-    np.testing.assert_allclose(smoothed(y, 2.0), [4.0, np.nan, expected])
+def test_smoothing_is_a_mean_over_neighbours() -> None:
+    y = np.array([4.0, np.nan, 1.0, 5.0, 9.0])
+    np.testing.assert_allclose(smoothed(y, 1), [4.0, np.nan, 3.0, 5.0, 7.0])
+    np.testing.assert_allclose(smoothed(y, 0), y)
+    line = np.linspace(3, 1, 50)
+    np.testing.assert_allclose(smoothed(line, 4)[4:-4], line[4:-4])  # it does not lag
 
 
 # ---- the page ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ __all__ = ["loss", "noise", "other_numbers", "schedule", "shares", "speed", "sum
 SHARE = "layer_share/"
 TOP_LAYERS = 12
 FOLLOWED_LAYERS = 5
-SMOOTHING = 40  # a run's loss is smoothed over so many parts of it
+SMOOTHING = 40  # a loss is the mean over so small a part of the run, to either side
 MOST_OTHERS = 6
 VALIDATION = ("validation_loss", "val_loss", "valid_loss", "eval_loss")
 SAMPLES = Axis("samples seen")
@@ -96,7 +96,7 @@ def loss_at(run: Run, key: str, end: float) -> float:
 
 
 def smooth_loss(run: Run) -> Array:
-    return smoothed(run.column("loss"), len(run.rows) / SMOOTHING)
+    return smoothed(run.column("loss"), round(len(run.rows) / SMOOTHING))
 
 
 def loss(runs: Sequence[Run]) -> Section:
@@ -110,7 +110,7 @@ def loss(runs: Sequence[Run]) -> Section:
         lines = [line for i, run in enumerate(runs) for line in _loss_lines(run, key, scale, i)]
         caption = (
             f"Lower is better, and further left is cheaper: {buys}. Strong lines are smoothed over a "
-            f"{SMOOTHING}th of the run; the pale ones behind are "
+            f"{SMOOTHING}th of the run to either side; the pale ones behind are "
             + (
                 "the rows themselves."
                 if all(len(run.rows) <= POINTS for run in runs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -34,18 +33,19 @@ def envelope(x: Array, y: Array, most: int = POINTS) -> tuple[Array, Array, Arra
     return middle, np.array([y[p].min() for p in parts]), np.array([y[p].max() for p in parts])
 
 
-def smoothed(y: Array, rows: float) -> Array:
-    """(n,) a bias-corrected exponential moving average over so many rows; NaN counts for nothing."""
-    keep = 1 - 1 / max(rows, 1.0)
-    total = weight = 0.0
-    smooth = []
-    for value in y.tolist():
-        total, weight = keep * total, keep * weight
-        known = math.isfinite(value)
-        if known:
-            total, weight = total + value, weight + 1
-        smooth.append(total / weight if known else math.nan)
-    return np.array(smooth, np.float64)
+def smoothed(y: Array, reach: int) -> Array:
+    """(n,) the mean of the known entries at most `reach` places away, before or after; NaN stays NaN.
+
+    It does not lag, and at the ends it looks to one side.
+    """
+    known = np.isfinite(y)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, y, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    at = np.arange(len(y))
+    first, end = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(y))
+    mean: Array = np.full(len(y), np.nan)
+    mean[known] = ((sums[end] - sums[first]) / np.maximum(counts[end] - counts[first], 1))[known]
+    return mean
 
 
 def thinned(value: Any, most: int) -> tuple[Any, int]:

@@ -102,12 +102,14 @@ def _by_noise(basis: Basis, several: bool) -> Verdict:
     else:
         headline = f"{by}change the batch size from {now:,} to {then:,}"
         if rate is not None:
-            headline += f", with a learning rate of {readable(rate)}"
-        headline += (
-            f": {_times(advice['steps'])} the steps for {_times(advice['samples'])} the samples"
-        )
+            headline += f" and the learning rate to {readable(rate)}"
+        costs = [
+            _change(advice["steps"], "steps", "fewer"),
+            _change(advice["samples"], "samples", "fewer"),
+        ]
         if advice.get("seconds") is not None:
-            headline += f", in {_times(advice['seconds'])} the time"
+            costs.append(_change(advice["seconds"], "time", "less"))
+        headline += f": {', '.join(costs)} to the same loss"
         level = _level(noise)
     end = "up" if advice["high"] is None else f"to {advice['high']:,}"
     facts = [
@@ -296,6 +298,16 @@ def _compared(runs: Sequence[Run]) -> list[str]:
                 f"{at.format(readable(min(ends)))} the smoothed losses were: {', '.join(parts)}"
             )
     return said
+
+
+def _change(ratio: float, what: str, smaller: str) -> str:
+    """``25% fewer steps``, ``13% more samples``, ``3.2 × the time``."""
+    if ratio >= 2:
+        return f"{_times(ratio)} the {what}"
+    percent = readable(
+        abs(100 * (ratio - 1)) if abs(ratio - 1) < 0.01 else round(abs(100 * (ratio - 1)))
+    )
+    return f"{percent}% {'more' if ratio > 1 else smaller} {what}"
 
 
 def _times(ratio: float) -> str:
