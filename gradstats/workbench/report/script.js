@@ -37,6 +37,7 @@
     if (size !== 0 && (size < 1e-3 || size >= 1e9)) return value.toExponential(2);
     return value.toLocaleString("en", { maximumSignificantDigits: 4 });
   };
+  const end = (ends, i) => (ends && ends[i] !== null ? written(ends[i]) : "no end");
   const fraction = ([low, high, log], value) =>
     ((log ? Math.log10(value) : value) - low) / (high - low);
 
@@ -75,7 +76,7 @@
         const row = made("div");
         let text = `${line.name}: ${written(line.y[i])}`;
         if (line.low || line.high) {
-          text += ` (${written(line.low && line.low[i])} to ${written(line.high && line.high[i])})`;
+          text += ` (${end(line.low, i)} to ${end(line.high, i)})`;
         }
         row.append(made("i", undefined, line.c), made("span", text));
         tip.append(row);
