@@ -24,6 +24,7 @@ def app() -> Any:
         add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",  # fills the lines of the docstrings anew
     )
     for name in COMMANDS:
         importlib.import_module(f"gradstats.commands.{name}").register(application)
