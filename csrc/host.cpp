@@ -4,6 +4,10 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <memory>
+#include <optional>
+
+#include "cpu/linear_node.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -41,6 +45,49 @@ void check_cpu() {
 
 using Guard = py::call_guard<py::gil_scoped_release, c10::NoGradGuard>;
 
+// A row's gradient is the squared norms and the count of this delivery. `joint` (rules/joint.py, or
+// None) knows of other uses of the parameter, and adds their inner products.
+gradstats::cpu::RowOf row_of(const py::object& joint) {
+  const auto alone = [](const at::Tensor& sq_norm) {
+    at::Tensor row = at::empty({sq_norm.size(0) + 1}, sq_norm.options());
+    row.narrow(0, 0, sq_norm.size(0)).copy_(sq_norm);
+    row[sq_norm.size(0)].fill_(1);
+    return row;
+  };
+  if (joint.is_none()) {
+    return [alone](intptr_t, const at::Tensor& sq_norm, const at::Tensor&, const at::Tensor&) {
+      return alone(sq_norm);
+    };
+  }
+  // The graph may be let go of in any thread.
+  const std::shared_ptr<py::object> held(new py::object(joint), [](py::object* object) {
+    const py::gil_scoped_acquire gil;
+    delete object;
+  });
+  return [alone, held](intptr_t node, const at::Tensor& sq_norm, const at::Tensor& g,
+                       const at::Tensor& x) {
+    {
+      const py::gil_scoped_acquire gil;
+      if (held->attr("uses").cast<int64_t>() > 1) {
+        return x.defined() ? held->attr("of_product")(node, sq_norm, g, x).cast<at::Tensor>()
+                           : held->attr("of_sum")(node, sq_norm, g).cast<at::Tensor>();
+      }
+    }
+    return alone(sq_norm);
+  };
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& row_w,
+                  const std::optional<at::Tensor>& m2_w, const std::optional<at::Tensor>& row_b,
+                  const std::optional<at::Tensor>& m2_b, const py::object& joint_w,
+                  const py::object& joint_b) {
+  auto of_weight = row_of(joint_w), of_bias = row_of(joint_b);
+  const py::gil_scoped_release released;
+  return gradstats::cpu::linear(x, weight, bias, {row_w, m2_w}, {row_b, m2_b}, std::move(of_weight),
+                                std::move(of_bias));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -61,6 +108,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("linear_stats", &cpu::linear_stats, py::arg("x"), py::arg("g"), py::arg("weight"),
         py::arg("bias"), py::arg("moments"), Guard());
+  m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("row_w"),
+        py::arg("m2_w"), py::arg("row_b"), py::arg("m2_b"), py::arg("joint_w"), py::arg("joint_b"));
   m.def("layer_norm_stats", &cpu::layer_norm_stats, py::arg("g"), py::arg("x"), py::arg("mean"),
         py::arg("rstd"), py::arg("scale"), py::arg("input"), py::arg("weight"), py::arg("bias"),
         py::arg("moments"), Guard());

@@ -153,6 +153,19 @@ def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
     return _resolve(op, tensor.device.type, tensor.dtype, _wanted)
 
 
+def native(name: str, op: str, tensor: torch.Tensor) -> Callable[..., Any] | None:
+    """The extension's function `name`, where the extension runs `op` on the CPU for such tensors."""
+    return _native(name, op, tensor.device.type, tensor.dtype, _wanted)
+
+
+@cache
+def _native(
+    name: str, op: str, device: str, dtype: torch.dtype, wanted: str
+) -> Callable[..., Any] | None:
+    serves = device == "cpu" and _choose(op, device, dtype, wanted) == "cpu"
+    return getattr(extension()[0], name) if serves else None
+
+
 @cache
 def _resolve(op: str, device: str, dtype: torch.dtype, wanted: str) -> Callable[..., Any]:
     name = _choose(op, device, dtype, wanted)

@@ -69,6 +69,16 @@ def _define(name: str) -> Callable[..., Any]:
 _PLAIN = (Tensor, nn.Parameter)
 
 
+def native_linear(x: Tensor, weight: Tensor) -> Callable[..., Tensor] | None:
+    """The extension's autograd node of a linear layer; None where another backend serves such tensors,
+    or something wants to see the operation. The samples of `x` are in dimension 0.
+    """
+    plain = type(x) in _PLAIN and type(weight) in _PLAIN and x.dtype == weight.dtype
+    if not plain or x.dim() < 2 or torch.compiler.is_compiling() or observers or _watched():
+        return None
+    return backends.native("linear", "linear_stats", x)
+
+
 def _watched() -> bool:
     """Whether something between the caller and the kernels wants to see the op: a mode, functorch."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())

@@ -21,6 +21,10 @@ GRAD_TOL = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 8e-3}
 SHAPES = [  # B, T, I, O, and the path that norms take; 16-bit numbers are fused where it is long
     pytest.param(5, 1, 17, 33, id="rank-one"),
     pytest.param(1500, 1, 40, 25, id="rank-one-many-groups"),
+    # Moments on matrix tiles, where the CPU has them.
+    pytest.param(33, 1, 65, 70, id="rank-one-tiles-odd"),
+    pytest.param(700, 1, 129, 257, id="rank-one-tiles-deep"),
+    pytest.param(64, 1, 64, 96, id="rank-one-tiles-full"),
     pytest.param(6, 3, 65, 70, id="gram-odd"),
     pytest.param(130, 9, 128, 96, id="gram-many-groups"),
     pytest.param(6, 12, 90, 70, id="fused-short"),
@@ -149,6 +153,30 @@ def test_moments_where_some_outputs_agree() -> None:
     torch.testing.assert_close(m2.double(), want, rtol=1e-3, atol=1e-12)
 
 
+@pytest.mark.parametrize("scales", [(1e-13, 1e5), (1e14, 1e-16), (1e-25, 1.0), (1e-10, 1e-9)])
+def test_moments_of_any_magnitude(scales: tuple[float, float]) -> None:
+    """Each element to 1e-4 of itself, where the squares are far from one and unlike."""
+    x, g = rand(96, 1, 80) * scales[0], rand(96, 1, 72) * scales[1]
+    g[:, :, ::7] *= 1e-6
+    m2 = C.linear_stats(x, g, True, False, True)[4]
+    xd, gd = x[:, 0].double(), g[:, 0].double()
+    want = gd.square().t() @ xd.square() - (gd.t() @ xd).square() / 96
+    smallest = float(torch.finfo(torch.float32).tiny)  # below it digits are lost anyway
+    ok = (m2.double() - want).abs() <= 1e-4 * want + smallest
+    assert ok.all()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_moments_of_numbers_that_are_not_finite(bad: float) -> None:
+    x, g = rand(64, 1, 80), rand(64, 1, 72)
+    x[5, 0, 3] = bad
+    m2 = C.linear_stats(x, g, True, False, True)[4]
+    assert not torch.isfinite(m2[:, 3]).any()
+    assert torch.isfinite(m2[:, :3]).all()
+    zero = C.linear_stats(torch.zeros(64, 1, 80), g, True, False, True)[4]
+    assert (zero == 0).all()
+
+
 @pytest.mark.parametrize("t", [1, 64])
 def test_moments_of_identical_samples_are_not_negative(t: int) -> None:
     x, g = rand(1, t, 33).expand(50, t, 33), rand(1, t, 17).expand(50, t, 17)
@@ -169,7 +197,7 @@ def test_positions_that_cancel(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("t", [1, 6, 100])
 @pytest.mark.parametrize("moments", [False, True])
 def test_bit_reproducible_for_any_number_of_threads(t: int, moments: bool) -> None:
-    x, g = rand(24, t, 200), rand(24, t, 150)
+    x, g = rand(40, t, 200), rand(40, t, 150)
     runs = []
     for n in (1, 2, 3, 2):
         with threads(n):
@@ -180,12 +208,15 @@ def test_bit_reproducible_for_any_number_of_threads(t: int, moments: bool) -> No
 
 
 @pytest.mark.parametrize("moments", [False, True])
-@pytest.mark.parametrize(("b", "t"), [(7, 1), (7, 3), (7, 50), (40, 60)])
-def test_unset_memory_is_not_read(b: int, t: int, moments: bool) -> None:
+@pytest.mark.parametrize(
+    ("b", "t", "i", "o"),
+    [(7, 1, 45, 37), (7, 3, 45, 37), (7, 50, 45, 37), (40, 60, 45, 37), (40, 1, 75, 67)],
+)
+def test_unset_memory_is_not_read(b: int, t: int, i: int, o: int, moments: bool) -> None:
     """Every buffer is written before it is read, padding included."""
-    x, g = rand(b, t, 45), rand(b, t, 37)
+    x, g = rand(b, t, i), rand(b, t, o)
     want = C.linear_stats(x, g, True, True, moments)
-    for elements in (37, 45 * 37, b * t * 64, b * t * 38, 1 << 16):
+    for elements in (o, i * o, b * t * 64, b * t * 38, 1 << 16):
         poison = [torch.full((elements,), torch.nan) for _ in range(8)]
         del poison
         for name, a, c in zip(NAMES, C.linear_stats(x, g, True, True, moments), want, strict=True):

@@ -70,10 +70,10 @@ void fused(const Problem<In>& p, Acc<In>* sq_norm) {
 
 // One position to a sample: from the library's sums of g (B, O) and of its squares. False where
 // an element lost digits; nothing is valid then.
-inline bool bias_moments(const Tensor& g, const Tensor& squares, const std::vector<double>& norms,
-                         Tensor& db, Tensor& sq_norm, Tensor& m2) {
+inline bool bias_moments(const Tensor& g, const std::vector<double>& norms, Tensor& db,
+                         Tensor& sq_norm, Tensor& m2) {
   const Tensor sum = g.sum(0, false, m2.scalar_type());
-  at::sum_out(m2, squares, {0});
+  at::sum_out(m2, g.to(m2.scalar_type()).square(), {0});
   const int64_t samples = g.size(0);
   return AT_DISPATCH_FLOATING_TYPES(m2.scalar_type(), "bias_moments", [&] {
     if (centre(sum.const_data_ptr<scalar_t>(), m2.data_ptr<scalar_t>(), m2.size(0), samples)) {
@@ -117,10 +117,6 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
   const bool rank_one = positions == 1;
   std::vector<double> norms;  // of x, then of g
   if (rank_one && !nothing) norms = row_norms(x_rows, with_weight ? in : 0, g_rows, out, samples);
-  Tensor squares;  // of g
-  if (rank_one && moments && !nothing) {
-    squares = dense_g.squeeze(1).to(c10::CppTypeToScalarType<A>::value).square();
-  }
   if (with_weight) {
     const Problem<In> problem{
         x_rows, g_rows, samples,           positions,
@@ -133,7 +129,7 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
           sq_norm[b] = static_cast<A>(norms[b] * norms[samples + b]);
         }
         if (moments) {
-          rank_one_moments(problem, dense_x.squeeze(1), dense_g.squeeze(1), squares, dw, w_m2);
+          rank_one_moments(problem, dense_x.squeeze(1), dense_g.squeeze(1), norms, dw, w_m2);
         } else {
           gradient(dense_x, dense_g, dw);
         }
@@ -161,8 +157,7 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
     at::sum_out(db, dense_g.squeeze(1), {0});
     A* sq_norm = b_sq.data_ptr<A>();
     for (int64_t b = 0; b < samples; ++b) sq_norm[b] = static_cast<A>(norms[samples + b]);
-  } else if (with_bias &&
-             !(rank_one && bias_moments(dense_g.squeeze(1), squares, norms, db, b_sq, b_m2))) {
+  } else if (with_bias && !(rank_one && bias_moments(dense_g.squeeze(1), norms, db, b_sq, b_m2))) {
     bias_stats(g_rows, samples, positions, out, db.data_ptr<In>(), b_sq.data_ptr<A>(),
                moments ? b_m2.data_ptr<A>() : nullptr);
   }

@@ -41,7 +41,7 @@ class Embedding(torch.autograd.Function):
         row = None
         if ctx.needs_input_grad[2] and ctx.joint is not None:
             row = ctx.joint.row_gradient(
-                ctx, sq_norm, lambda: Lookup(torch.where(ids == ctx.padding_idx, -1, ids), each)
+                id(ctx), sq_norm, lambda: Lookup(torch.where(ids == ctx.padding_idx, -1, ids), each)
             )
         elif ctx.needs_input_grad[2]:
             row = row_gradient(sq_norm)

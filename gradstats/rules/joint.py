@@ -50,15 +50,23 @@ class Joint:
         self.arrived: list[tuple[int, Factors]] = []
         self.total: Tensor | None = None  # (B,): delivered so far
 
-    def row_gradient(self, node: object, sq_norm: Tensor, make: Callable[[], Factors]) -> Tensor:
+    def of_product(self, node: int, sq_norm: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """`row_gradient` of a use as the matrix of a product."""
+        return self.row_gradient(node, sq_norm, lambda: Product(left, right))
+
+    def of_sum(self, node: int, sq_norm: Tensor, g: Tensor) -> Tensor:
+        """`row_gradient` of a use as what is added to every position: g (B, T, entries)."""
+        return self.row_gradient(node, sq_norm, lambda: Total(g.sum(1, dtype=sq_norm.dtype)))
+
+    def row_gradient(self, node: int, sq_norm: Tensor, make: Callable[[], Factors]) -> Tensor:
         """As `probes.row_gradient`, with the inner products with the uses that came before.
 
-        `make` gives this use's factors, and is called where there are other uses. `node` tells the
-        uses apart: one that comes again is counted again, and so found out.
+        `make` gives this use's factors, and is called where there are other uses. `node`, a number,
+        tells the uses apart: one that comes again is counted again, and so found out.
         """
         if self.uses < 2:
             return row_gradient(sq_norm)
-        if any(known == id(node) for known, _ in self.arrived):
+        if any(known == node for known, _ in self.arrived):
             self._forget()
             return row_gradient(sq_norm)
         first, factors = not self.arrived, make()
@@ -68,7 +76,7 @@ class Joint:
             sq_norm = torch.maximum(sq_norm, -self.total)
         self.total = sq_norm if self.total is None else self.total + sq_norm
         # By number and without their history: the graph holds this, and must not hold itself.
-        self.arrived.append((id(node), type(factors)(*(t.detach() for t in factors))))
+        self.arrived.append((node, type(factors)(*(t.detach() for t in factors))))
         if len(self.arrived) == self.uses:
             self._forget()
         row = row_gradient(sq_norm)

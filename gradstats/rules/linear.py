@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradstats.ops import call
+from gradstats.ops import call, native_linear
 from gradstats.probes import row_gradient
 from gradstats.rules import Use, rule
 from gradstats.rules.chain import FLIPPED, PRODUCT, SHIFT, three
-from gradstats.rules.joint import Product, Total
 from gradstats.rules.view import view
 
 
@@ -66,11 +65,10 @@ class Linear(torch.autograd.Function):
                 _, db, _, b_sq, _, m2_b = call.linear_stats(xs, gs, False, True, moments)
             of_w, of_b = ctx.joints
             if needs_w:
-                row_w = row_gradient(w_sq) if of_w is None else of_w.row_gradient(
-                    ctx, w_sq, lambda: Product(right, left))  # fmt: skip
+                row_w = row_gradient(w_sq) if of_w is None else of_w.of_product(
+                    id(ctx), w_sq, right, left)  # fmt: skip
             if needs_b:
-                row_b = row_gradient(b_sq) if of_b is None else of_b.row_gradient(
-                    ctx, b_sq, lambda: Total(gs.sum(1, dtype=b_sq.dtype)))  # fmt: skip
+                row_b = row_gradient(b_sq) if of_b is None else of_b.of_sum(id(ctx), b_sq, gs)
         needs = ctx.needs_input_grad
         return (
             gx,
@@ -114,7 +112,11 @@ def _product(
     of_w, of_b = (use.chain(weight), use.chain(bias)) if use.tracing else (None, None)
     probes = *use.probe(weight), *use.probe(bias)
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    out: Any = Linear.apply(x, weight, bias, *probes, batch_dim, transposed, joints)
+    native = None if transposed or batch_dim != 0 else native_linear(x, weight)
+    if native is not None:
+        out: Any = native(x, weight, bias, *probes, *joints)
+    else:
+        out = Linear.apply(x, weight, bias, *probes, batch_dim, transposed, joints)
     if of_w is not None:
         kind = FLIPPED if transposed else PRODUCT
         out = of_w.link(out, probes[0], kind, three(x, batch_dim), batch_dim)

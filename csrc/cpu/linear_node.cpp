@@ -1,0 +1,114 @@
+// A linear layer as an autograd function of C++: that of gradstats/rules/linear.py, without Python
+// in its backward.
+#include "linear_node.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <array>
+
+#include "../ops.h"
+
+namespace gradstats::cpu {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// (B, T, features) of any rank.
+Tensor three(const Tensor& t) { return t.dim() == 2 ? t.unsqueeze(1) : t.flatten(1, -2); }
+
+// A result that cannot be differentiated.
+struct Once : torch::autograd::Function<Once> {
+  static Tensor forward(AutogradContext*, const Tensor& result) { return result.alias(); }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(
+        false,
+        "trying to differentiate twice a function that was marked with @once_differentiable: "
+        "the backward of a linear layer that is measured");
+  }
+};
+
+struct Deliveries : torch::CustomClassHolder {
+  RowOf weight, bias;
+  Deliveries(RowOf w, RowOf b) : weight(std::move(w)), bias(std::move(b)) {}
+};
+
+struct Linear : torch::autograd::Function<Linear> {
+  enum : size_t { kX, kWeight, kBias, kRowOfWeight, kM2OfWeight, kRowOfBias, kM2OfBias, kInputs };
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& row_w,
+                        const std::optional<Tensor>& m2_w, const std::optional<Tensor>& row_b,
+                        const std::optional<Tensor>& m2_b,
+                        const c10::intrusive_ptr<Deliveries>& deliveries) {
+    ctx->save_for_backward({x, weight});
+    ctx->saved_data["deliveries"] = c10::IValue::make_capsule(deliveries);
+    // Inputs that are not given have no number of their own.
+    int64_t given = 0, number = 2;
+    for (const auto* t : {&bias, &row_w, &m2_w, &row_b, &m2_b}) {
+      given = given * 8 + (t->has_value() ? number++ : 0);
+    }
+    ctx->saved_data["given"] = given;
+    const at::AutoDispatchBelowADInplaceOrView below;  // a result in place of a view of one
+    return at::linear(x, weight, bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list results;
+    {
+      const at::AutoGradMode off(false);
+      results = gradients(ctx, grads[0]);
+    }
+    if (!grads[0].requires_grad() || !at::GradMode::is_enabled()) return results;
+    for (Tensor& t : results) {
+      if (t.defined()) t = Once::apply(t.detach().requires_grad_());
+    }
+    return results;
+  }
+
+ private:
+  static variable_list gradients(AutogradContext* ctx, const Tensor& g) {
+    std::array<int64_t, kInputs> numbers{0, 1};
+    int64_t given = ctx->saved_data["given"].toInt();
+    for (size_t i = kInputs; i-- > 2; given /= 8) numbers[i] = given % 8;
+    const auto wants = [&](size_t i) {
+      return (i < 2 || numbers[i] > 0) && ctx->needs_input_grad(numbers[i]);
+    };
+    variable_list results(kInputs + 1);  // and nothing for what is no tensor
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1];
+    if (wants(kX)) results[kX] = at::matmul(g, weight);
+    const bool of_weight = wants(kWeight), of_bias = wants(kBias);
+    if (!of_weight && !of_bias) return results;
+    const Tensor xs = three(x), gs = three(g);
+    const bool moments = wants(kM2OfWeight) || wants(kM2OfBias);
+    auto [dw, db, w_sq, b_sq, w_m2, b_m2] = linear_stats(xs, gs, of_weight, of_bias, moments);
+    const auto to = ctx->saved_data["deliveries"].toCapsule();
+    const auto& rows = static_cast<const Deliveries&>(*to);
+    const auto use = reinterpret_cast<intptr_t>(ctx);
+    if (of_weight) {
+      results[kWeight] = dw;
+      if (wants(kRowOfWeight)) results[kRowOfWeight] = rows.weight(use, w_sq, gs, xs);
+      if (wants(kM2OfWeight)) results[kM2OfWeight] = w_m2;
+    }
+    if (of_bias) {
+      results[kBias] = db;
+      if (wants(kRowOfBias)) results[kRowOfBias] = rows.bias(use, b_sq, gs, {});
+      if (wants(kM2OfBias)) results[kM2OfBias] = b_m2;
+    }
+    return results;
+  }
+};
+
+}  // namespace
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+              const Probe& of_weight, const Probe& of_bias, RowOf row_of_weight,
+              RowOf row_of_bias) {
+  return Linear::apply(
+      x, weight, bias, of_weight.row, of_weight.m2, of_bias.row, of_bias.m2,
+      c10::make_intrusive<Deliveries>(std::move(row_of_weight), std::move(row_of_bias)));
+}
+
+}  // namespace gradstats::cpu

@@ -1,0 +1,27 @@
+// A linear layer whose backward delivers statistics; csrc/host.cpp binds it for gradstats/rules.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+
+namespace gradstats::cpu {
+
+using at::Tensor;
+
+// Where a parameter's statistics go: leaves whose gradients they become (gradstats/probes.py).
+struct Probe {
+  std::optional<Tensor> row, m2;
+};
+
+// The gradient of a row, (B + 1,), from the node's number, the squared norms (B,) and the factors
+// of the gradient, which other uses of the parameter may need: (B, T, O), and (B, T, I) or nothing.
+using RowOf = std::function<Tensor(intptr_t, const Tensor&, const Tensor&, const Tensor&)>;
+
+// y = x Wᵀ + b for x (B, …, I) of at least two dimensions.
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+              const Probe& of_weight, const Probe& of_bias, RowOf row_of_weight, RowOf row_of_bias);
+
+}  // namespace gradstats::cpu
