@@ -163,7 +163,7 @@ def _native(
     name: str, op: str, device: str, dtype: torch.dtype, wanted: str
 ) -> Callable[..., Any] | None:
     serves = device == "cpu" and _choose(op, device, dtype, wanted) == "cpu"
-    return getattr(extension()[0], name) if serves else None
+    return getattr(extension()[0], name, None) if serves else None  # an older build has it not
 
 
 @cache
