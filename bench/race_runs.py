@@ -16,7 +16,9 @@ from torch import nn
 import gradstats
 from gradstats import schedulers
 
-HALF_LIFE = 50.0  # steps; the noise scale moves while these short trainings run
+HALF_LIFE = 8.0  # measured steps; the noise scale moves while these short trainings run
+CADENCE = "sparse"  # of steps that are measured
+ADASCALE_HALF_LIFE = 50.0
 EVERY = 10  # steps between decisions
 WORSE = 2.0  # a held-out loss so many times the first is given up
 
@@ -84,7 +86,7 @@ def follow(policy: schedulers.Policy, largest: int) -> Attach:
     """A monitor and a scheduler that changes the batch, and with it the rate, by `policy`."""
 
     def attach(race: Race, model: nn.Module, optimizer: torch.optim.Optimizer, draws: Draws) -> Any:
-        monitor = gradstats.attach(model, optimizer=optimizer, half_life=HALF_LIFE)
+        monitor = gradstats.attach(model, optimizer=optimizer, half_life=HALF_LIFE, every=CADENCE)
         scaling = gradstats.BatchScaling(optimizer, batch_size=draws.batch_size, rule=race.rule)  # type: ignore[arg-type]
         scheduler = gradstats.BatchSizeScheduler(
             policy, draws, monitor=monitor, scaling=scaling, max_batch_size=largest, every=EVERY
@@ -119,7 +121,7 @@ def run(race: Race, method: Method, seed: int) -> Outcome:
         options = {key: optimizer.defaults[key] for key in ("momentum", "weight_decay", "nesterov")}
         optimizer = gradstats.optim.AdaScale(
             model.parameters(), lr=method.rate, base_batch_size=method.adascale,
-            half_life=HALF_LIFE, **options,
+            half_life=ADASCALE_HALF_LIFE, **options,
         )  # fmt: skip
     draws = Draws(race, min(race.batches), method.batch_size, seed)
     monitor = scheduler = None

@@ -1,6 +1,7 @@
 // The Python module gradstats._C: the operations of ops.h under the names of reference.py.
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -77,6 +78,21 @@ gradstats::cpu::RowOf row_of(const py::object& joint) {
   };
 }
 
+// As gradstats.ops has it. Its errors keep their Python type on their way through autograd.
+gradstats::LinearStats linear_stats_of_python(const at::Tensor& x, const at::Tensor& g, bool weight,
+                                              bool bias, bool moments) {
+  const py::gil_scoped_acquire gil;
+  try {
+    const py::object call = py::module_::import("gradstats.ops").attr("call");
+    return call.attr("linear_stats")(x, g, weight, bias, moments).cast<gradstats::LinearStats>();
+  } catch (py::error_already_set& error) {
+    error.restore();
+    python_error kept;
+    kept.persist();
+    throw kept;
+  }
+}
+
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& row_w,
                   const std::optional<at::Tensor>& m2_w, const std::optional<at::Tensor>& row_b,
@@ -110,6 +126,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("bias"), py::arg("moments"), Guard());
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("row_w"),
         py::arg("m2_w"), py::arg("row_b"), py::arg("m2_b"), py::arg("joint_w"), py::arg("joint_b"));
+  cpu::route().elsewhere = linear_stats_of_python;
+  m.def("compute_here", [](bool yes) { cpu::route().here = yes; }, py::arg("yes"));
   m.def("layer_norm_stats", &cpu::layer_norm_stats, py::arg("g"), py::arg("x"), py::arg("mean"),
         py::arg("rstd"), py::arg("scale"), py::arg("input"), py::arg("weight"), py::arg("bias"),
         py::arg("moments"), Guard());

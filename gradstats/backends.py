@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -53,6 +54,7 @@ def extension() -> tuple[Any | None, str]:
     """The compiled extension and how it was built, or None and why there is none."""
     try:
         module = importlib.import_module("gradstats._C")
+        _tell(module)
     except ImportError as error:
         return None, (
             f"the C++ extension is not available ({error}); build it with "
@@ -83,7 +85,16 @@ def forced() -> str:
             f"backend {name!r} does not exist; GRADSTATS_BACKEND and use() take {', '.join(NAMES)}"
         )
     _wanted = name
+    module = sys.modules.get("gradstats._C")
+    if module is not None:
+        _tell(module)
     return name
+
+
+def _tell(module: Any) -> None:
+    """Tell the extension whether it computes the statistics in the backward of its own nodes."""
+    if hasattr(module, "compute_here"):  # an older build has no nodes
+        module.compute_here(_wanted in ("auto", "cpu"))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstats import advice, estimators
+from gradstats.cadence import Every, measures
 from gradstats.calls import require_no_capture
 from gradstats.distributed import unwrapped
 from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
@@ -36,7 +37,7 @@ def attach(
     method: Method = "per_sample",
     loss_reduction: Literal["mean", "sum"] = "mean",
     grad_scaler: Any = None,
-    every: int = 1,
+    every: Every = 1,
     moments: bool = False,
     per_layer: bool = True,
     batch_dim: int = 0,
@@ -73,7 +74,9 @@ def attach(
         loss_reduction: how the loss joins samples, "mean" or "sum". Only absolute norms depend on it.
         grad_scaler: the torch.amp.GradScaler that scales the loss, so that absolute norms are in units
             of the loss itself; without it they are of the scaled one.
-        every: measure one step out of `every`; the others cost nothing.
+        every: measure one step out of `every`; the others cost nothing. "sparse": all of the first 32
+            steps, then 32 in each doubling of their number, down to one out of 64: for following a noise
+            scale that grows as a training goes on, with a short `half_life`, at next to no cost.
         moments: also the elementwise variance of each weight's gradient (`GradStats.grad_var`), at
             one tensor of the weight's size each.
         per_layer: keep the statistics of each parameter in the record.
@@ -84,7 +87,7 @@ def attach(
             over the rows before it). All counts and batch sizes are then in tokens, and
             `per_sample_sq_norm` is in the order of the input's first two dimensions. Convolutions,
             recurrent layers and what sees pooled positions are reported as not covered.
-        half_life: memory of the smoothed noise scale, in steps.
+        half_life: memory of the smoothed noise scale, in measured steps.
         confidence: of the noise scale's interval.
         fallback_bytes: memory for per-sample gradients of modules without rules, at a time.
         self_check: every so many measured steps, compare one layer's squared norms of two samples
@@ -231,7 +234,7 @@ class Monitor:
 
     def _next(self, stats: GradStats | None) -> GradStats | None:
         self._steps += 1
-        self._source.enabled = self._steps % self.every == 0
+        self._source.enabled = measures(self._steps, self.every)
         if stats is not None:  # not the record itself, which may hold a tensor for every weight
             self._last_coverage, self._last_batch = stats.coverage, stats.samples
         return stats
@@ -426,7 +429,7 @@ class Monitor:
         if self._geometry is not None and state.get("geometry") is not None:
             self._geometry.load_state_dict(state["geometry"])
         self._steps = state["steps"]
-        self._source.enabled = self._steps % self.every == 0
+        self._source.enabled = measures(self._steps, self.every)
         self._last_coverage, self._last_batch = float(state["coverage"]), state["batch_size"]
 
     def detach(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from gradstats import estimators
+from gradstats.cadence import Every
 from gradstats.errors import InvalidArgumentError
 from gradstats.loss_scale import LossScale
 
@@ -25,7 +26,7 @@ class Options:
     method: str
     loss_reduction: str
     grad_scaler: Any
-    every: int
+    every: Every
     moments: bool
     per_layer: bool
     batch_dim: int
@@ -45,7 +46,10 @@ class Options:
         methods = ("per_sample", "norm_layers", "micro_batch", "ranks")
         _one_of("method", self.method, methods)
         _one_of("loss_reduction", self.loss_reduction, ("mean", "sum"))
-        at_least("every", self.every, 1)
+        if isinstance(self.every, str):
+            _one_of("every", self.every, ("sparse",))
+        else:
+            at_least("every", self.every, 1)
         at_least("batch_dim", self.batch_dim, 0)
         _one_of("sample", self.sample, ("example", "token"))
         if self.sample == "token" and self.batch_dim != 0:

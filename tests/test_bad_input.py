@@ -201,6 +201,7 @@ def test_non_finite_gradients_are_skipped_and_counted(model) -> None:
         ({"method": "rank"}, "method='rank' is not known here; use 'per_sample' or"),
         ({"loss_reduction": "none"}, "use 'mean' or 'sum'"),
         ({"every": 0}, "every=0 must be a whole number of at least 1"),
+        ({"every": "often"}, "every='often'"),
         ({"batch_dim": -1}, "batch_dim=-1"),
         ({"half_life": -2.0}, "half_life"),
         ({"confidence": 1.5}, "confidence"),

@@ -61,6 +61,20 @@ def test_the_node_is_taken_where_the_extension_serves(model) -> None:
         assert not is_native(model(torch.randn(4, 5).half()))
 
 
+def test_a_backend_named_for_the_backward_alone(model) -> None:
+    x = torch.randn(6, 5)
+    with gradstats.attach(model) as monitor:
+        out = loss(model, x)
+        assert is_native(out)
+        seen = []
+        with backends.use("reference"):
+            ops.observers.append(lambda op, args, results: seen.append(op))
+            out.backward()
+            ops.observers.pop()
+        assert "linear_stats" in seen
+        assert_matches(monitor.step(), per_sample_gradients(model, loss, x), 1e-5)
+
+
 @pytest.mark.parametrize("moments", [False, True])
 @pytest.mark.parametrize("shape", [(6, 5), (6, 4, 5), (6, 2, 3, 5)])
 def test_as_pythons(model, shape, moments) -> None:

@@ -15,6 +15,7 @@ from oracle import assert_matches, per_sample_gradients
 from torch import nn
 
 import gradstats
+from gradstats.cadence import measures
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,6 +74,26 @@ def test_resuming_is_exact() -> None:
     assert second._source.interposer.enabled == monitor._source.interposer.enabled
     steps(model, draw, second, 3)
     assert second.noise_scale().num_steps == monitor.noise_scale().num_steps + 1
+
+
+def test_sparse_steps_are_as_many_in_each_doubling() -> None:
+    model, draw, *_ = _regression(3, 1.0, 1)
+    monitor = gradstats.attach(model, every="sparse")
+    measured = []
+    for step in range(600):
+        if step == 300:  # a resumed run leaves out the same steps
+            state = json.loads(json.dumps(monitor.state_dict()))
+            monitor.detach()
+            monitor = gradstats.attach(model, every="sparse")
+            monitor.load_state_dict(state)
+        x, y = draw(4)
+        model.zero_grad()
+        (model(x).squeeze(1) - y).square().mean().backward()
+        if monitor.step() is not None:
+            measured.append(step)
+    octaves = [(0, 32), (32, 64), (64, 128), (128, 256), (256, 512)]
+    assert [sum(a <= s < b for s in measured) for a, b in octaves] == [32] * 5
+    assert sum(measures(s, "sparse") for s in range(64_000, 128_000)) == 1000
 
 
 def test_recommendation_reads_the_optimizer() -> None:
@@ -264,7 +285,8 @@ EDGES = {
         "series",
         "stats",
     },
-    "options": {"errors", "estimators", "loss_scale"},
+    "cadence": set(),
+    "options": {"cadence", "errors", "estimators", "loss_scale"},
     "source": {"estimators", "stats"},
     "per_sample": {
         "comm_hooks",
@@ -315,6 +337,7 @@ EDGES = {
     },
     "monitor": {
         "advice",
+        "cadence",
         "calls",
         "distributed",
         "errors",

@@ -7,8 +7,6 @@
 
 #include <array>
 
-#include "../ops.h"
-
 namespace gradstats::cpu {
 namespace {
 
@@ -83,7 +81,9 @@ struct Linear : torch::autograd::Function<Linear> {
     if (!of_weight && !of_bias) return results;
     const Tensor xs = three(x), gs = three(g);
     const bool moments = wants(kM2OfWeight) || wants(kM2OfBias);
-    auto [dw, db, w_sq, b_sq, w_m2, b_m2] = linear_stats(xs, gs, of_weight, of_bias, moments);
+    auto [dw, db, w_sq, b_sq, w_m2, b_m2] =
+        route().here ? linear_stats(xs, gs, of_weight, of_bias, moments)
+                     : route().elsewhere(xs, gs, of_weight, of_bias, moments);
     const auto to = ctx->saved_data["deliveries"].toCapsule();
     const auto& rows = static_cast<const Deliveries&>(*to);
     const auto use = reinterpret_cast<intptr_t>(ctx);
@@ -102,6 +102,11 @@ struct Linear : torch::autograd::Function<Linear> {
 };
 
 }  // namespace
+
+Route& route() {
+  static Route only;
+  return only;
+}
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
               const Probe& of_weight, const Probe& of_bias, RowOf row_of_weight,
