@@ -1,6 +1,6 @@
 """Does it pay? Trainings to a target loss: fixed batches, AdaScale, batches by the noise scale.
 
-    python bench/time_to_target.py [--races regression digits text] [--seeds 5] [--json FILE]
+    python bench/time_to_target.py [--races regression digits text] [--seeds 5] [--json FILE] [--tuned FILE]
     python bench/time_to_target.py --races text-large --device cuda
 
 Every fixed batch gets the learning rate that is fastest for it, found with seeds of its own: the smallest
@@ -76,7 +76,11 @@ def theory(costs: dict[int, dict[str, float]]) -> dict[str, float]:
             "worst_relative": float(np.abs(np.expm1(errors[best])).max())}  # fmt: skip
 
 
-def measure(race: Race, seeds: int, tuning: int, rates: tuple[float, ...]) -> dict[str, Any]:
+def measure(
+    race: Race, seeds: int, tuning: int, rates: tuple[float, ...], known: dict[str, Any]
+) -> dict[str, Any]:
+    """`known`: methods of an earlier run, whose rates are taken where they are."""
+
     def say(text: str) -> None:
         print(f"{race.name}: {text}", file=sys.stderr, flush=True)
 
@@ -85,7 +89,10 @@ def measure(race: Race, seeds: int, tuning: int, rates: tuple[float, ...]) -> di
     fixed: dict[int, Method] = {}
     candidates = [factor * race.rate for factor in FIRST_RATES]
     for size in race.batches:
-        rate = tuned(race, size, candidates, range(100, 100 + tuning))
+        earlier = known.get(f"fixed {size}")
+        rate = (
+            earlier["rate"] if earlier else tuned(race, size, candidates, range(100, 100 + tuning))
+        )
         candidates = [factor * rate for factor in rates]
         fixed[size] = Method(f"fixed {size}", size, rate)
     methods = followers(race, fixed[race.base].rate, seconds)
@@ -105,12 +112,12 @@ def measure(race: Race, seeds: int, tuning: int, rates: tuple[float, ...]) -> di
             "runs": [asdict(o) for o in found],
         }  # fmt: skip
     by_size = {size: {c: rows[m.name][c]["mean"] for c in COSTS} for size, m in fixed.items()}
-    known = [(n, k) for o in outcomes["noise scale"] for n, k in zip(o.noise, o.known, strict=True)
+    pairs = [(n, k) for o in outcomes["noise scale"] for n, k in zip(o.noise, o.known, strict=True)
              if math.isfinite(n) and math.isfinite(k)]  # fmt: skip
     return {
         "target": race.target, "base": race.base, "step_seconds": seconds, "methods": rows,
         "noise_scale": noise, "theory": theory(by_size),
-        "measured_over_known": statistics.median(n / k for n, k in known) if known else None,
+        "measured_over_known": statistics.median(n / k for n, k in pairs) if pairs else None,
     }  # fmt: skip
 
 
@@ -156,17 +163,20 @@ def main() -> None:
     parser.add_argument("--tuning-seeds", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="*", help="instead of each race's own")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--tuned", type=Path, help="an earlier --json: take its learning rates")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--target", type=float, help="instead of each race's own")
     parser.add_argument("--json", type=Path, default=checkout.RESULTS / "time_to_target_cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    earlier = json.loads(args.tuned.read_text())["races"] if args.tuned else {}
     results = {}
     for name in args.races:
         changed = {"batches": args.batches and tuple(args.batches), "target": args.target}
         given = {k: v for k, v in changed.items() if v is not None}
         race = RACES[name]().changed(device=args.device, **given)
-        results[name] = measure(race, args.seeds, args.tuning_seeds, tuple(args.rates))
+        known = earlier.get(name, {}).get("methods", {})
+        results[name] = measure(race, args.seeds, args.tuning_seeds, tuple(args.rates), known)
         print(report(name, results[name]), flush=True)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     found = {"environment": environment("gradstats"), "seeds": args.seeds, "races": results}
