@@ -232,38 +232,116 @@ def lr_range(sizes=(16, 64, 256)):
     return {"curves": curves, "scaling": scaling if len(sizes) > 1 else None}
 
 
-def trial(size, steps, seed, final):
+def trial(size, steps, seed, final, plan=None):
     points = [
         {
             "step": steps * k // 40,
             "samples": size * steps * k // 40,
             "seconds": steps * k / 40 * (0.002 + 1e-4 * size),
             "loss": final + 2 * math.exp(-k / 6),
-            "validation_loss": None,
+            "validation_loss": final + 0.05 + 2 * math.exp(-k / 6),
         }
         for k in range(1, 41)
     ]
     return {
+        "plan": plan or f"{size}x{steps}",
         "batch_size": size,
         "learning_rate": 0.02 * size / 16,
         "seed": seed,
         "steps": steps,
+        "samples": size * steps,
+        "seconds": points[-1]["seconds"],
+        "ok": True,
+        "why": None,
         "curve": points,
         "final_loss": final,
         "validation_loss": final + 0.05,
         "gap": 0.05,
-        "gradient_variance": 40.0 / size * (1 + 0.02 * seed),
+        "gradient_variance": 40.0 / size,
         "sharpness": None,
+        "remarks": [],
     }
 
 
-def sweep(seeds=4, gap=0.06):
+def mean(value, spread=0.01):
+    return {"mean": value, "low": value - spread, "high": value + spread}
+
+
+def sweep(seeds=4):
+    plans = {16: 0.30, 64: 0.36, 256: 0.42}
     trials = [
-        trial(size, 32_000 // size, seed, 0.30 + gap * k + 0.008 * (seed % 3))
-        for k, size in enumerate((16, 64, 256))
+        trial(size, 32_000 // size, seed, final + 0.008 * (seed % 3))
+        for size, final in plans.items()
         for seed in range(seeds)
     ]
-    return {"trials": trials, "summary": [], "variance": {"exponent": -0.99}}
+    names = [f"{size}x{32_000 // size}" for size in plans]
+    summary = [
+        {
+            "plan": name,
+            "batch_size": size,
+            "validation_loss": mean(final + 0.05),
+            "final_loss": mean(final),
+            "gap": mean(0.05),
+            "seconds": mean(3.0, 0.5),
+            "top_eigenvalue": mean(20.0, 3.0),
+        }
+        for name, (size, final) in zip(names, plans.items(), strict=True)
+    ]
+    losses = dict(zip(names, (0.35, 0.41, 0.47), strict=True))
+    verdicts = [
+        {
+            "by": by,
+            "budget": budget,
+            "measure": "validation_loss",
+            "best": best,
+            "tied": tied,
+            "means": losses,
+            "behind": {},
+            "sentence": f"By {by}: {best} has the lowest validation loss.",
+        }
+        for by, budget, best, tied in (
+            ("samples", 32_000, names[0], []),
+            ("seconds", 3.4, names[2], [names[1]]),
+        )
+    ]
+    points = [
+        {"batch_size": b, "steps": 100 * (1 + 80 / b), "fitted": 100 * (1 + 80 / b)} for b in plans
+    ]
+    variances = [
+        {
+            "batch_size": b,
+            "direct": 40 / b,
+            "low": 36 / b,
+            "high": 44 / b,
+            "batches": 64,
+            "by_monitor": 41 / b,
+            "ratio": 40 / 41,
+        }
+        for b in plans
+    ]
+    return {
+        "trials": trials,
+        "summary": summary,
+        "verdicts": verdicts,
+        "variance": {
+            "points": variances,
+            "exponent": -0.99,
+            "low": -1.04,
+            "high": -0.95,
+            "constant": 40.0,
+            "worst": 0.02,
+        },
+        "steps_to_target": {
+            "target": 0.6,
+            "measure": "validation_loss",
+            "points": points,
+            "steps_min": 100.0,
+            "critical_batch": 80.0,
+            "worst_relative": 0.03,
+        },
+        "remarks": [],
+        "interrupted": False,
+    }
 
 
 def critical():

@@ -16,8 +16,7 @@ from gradstats.cli import main
 from gradstats.estimators import NoiseScale
 from gradstats.workbench import report
 from gradstats.workbench.report.drawing import draw
-from gradstats.workbench.report.figures import Axis, Figure, Line, Mark
-from gradstats.workbench.report.plans import better, plans_of
+from gradstats.workbench.report.figures import Axis, Figure, Line, Mark, Table
 from gradstats.workbench.report.thinning import envelope, kept_indices, smoothed, thinned
 from gradstats.workbench.report.ticks import linear_ticks, log_ticks, short
 
@@ -110,7 +109,10 @@ def test_the_strongest_evidence_comes_first(everything) -> None:
             "Use a learning rate of about 0.0267 at a batch size of 16, 0.0533 at a batch size of 64 and "
             "0.107 at a batch size of 256.",
         ),
-        ("sweep", "Of the 3 plans tried, 16 × 2,000 ends lowest."),
+        (
+            "sweep",
+            "Of the plans tried, the best is 16x2000 by samples and 256x125 or 64x500 by time.",
+        ),
         ("critical", "Batches of up to 128 lose nothing over equal samples (critical batch size)."),
         ("bench", "A measured step takes 1.05 times a plain one on this machine."),
     ],
@@ -119,24 +121,28 @@ def test_each_result_alone_has_a_verdict(tmp_path, kind, headline) -> None:
     assert made(files.result(tmp_path, kind)).verdict.headline == headline
 
 
-def test_a_sweep_without_a_winner_says_so(tmp_path) -> None:
-    path = files.result(tmp_path, "sweep", **files.sweep(gap=0.0))
-    verdict = made(path).verdict
-    assert "too close to tell apart" in verdict.headline
-    assert verdict.level == "fair"
+def test_a_sweep_that_was_cut_short_is_shown_without_a_verdict(tmp_path) -> None:
+    trials = [files.trial(16, 200, 0, 0.3), {**files.trial(64, 50, 0, 0.3), "final_loss": None}]
+    trials[1] |= {"ok": False, "validation_loss": None, "curve": []}
+    changes = {"trials": trials, "summary": [], "verdicts": [], "variance": None}
+    found = made(files.result(tmp_path, "sweep", **changes, steps_to_target=None, interrupted=True))
+    assert found.verdict.level == "poor"
+    assert any("interrupted" in remark.text for remark in found.remarks)
+    (map_,) = (p for p in found.sections[0].parts if isinstance(p, Table))
+    assert [row[-1] if isinstance(row[-1], str) else row[-1].text for row in map_.rows] == [
+        *("0.35", "failed"),
+    ]
 
 
-def test_plans_are_compared_by_pairs_of_seeds(tmp_path) -> None:
-    """Against the formula of a paired t interval, on four differences."""
-    trials = [files.trial(16, 200, s, 0.3 + 0.1 * s) for s in range(4)]
-    gaps = [0.02, 0.03, 0.01, 0.04]
-    trials += [files.trial(64, 50, s, 0.3 + 0.1 * s + gaps[s]) for s in range(4)]
-    one, other = plans_of(report.read([files.result(tmp_path, "sweep", trials=trials)])[0])
-    mean, low, high, sure = better(one, other)
-    half = 2.353363 * np.std(gaps, ddof=1) / 2  # Student's t at 95% with 3 degrees of freedom
-    assert (mean, low, high) == pytest.approx((0.025, 0.025 - half, 0.025 + half), rel=1e-5)
-    assert sure
-    assert not better(one, plans_of(report.read([files.result(tmp_path, "sweep")])[0])[0])[3]
+def test_the_curve_of_a_plan_is_the_mean_of_its_trials(tmp_path) -> None:
+    trials = [files.trial(16, 400, seed, 0.3 + 0.1 * seed) for seed in range(3)]
+    found = made(files.result(tmp_path, "sweep", trials=trials))
+    (line,) = next(
+        p for p in found.sections[0].parts if p.title == "Validation loss by samples"
+    ).lines
+    expected = [0.45 + 2 * math.exp(-k / 6) for k in range(1, 41)]
+    np.testing.assert_allclose(line.y, expected, rtol=1e-6)
+    np.testing.assert_allclose(line.high - line.low, 0.2, rtol=1e-6)
 
 
 def test_two_trainings_are_compared_where_the_shorter_ends(tmp_path) -> None:

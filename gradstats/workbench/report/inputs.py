@@ -18,7 +18,7 @@ from gradstats.errors import InvalidArgumentError
 from gradstats.loggers import read_lines
 from gradstats.workbench import saved
 
-__all__ = ["KINDS", "Input", "Run", "number", "numbers", "read"]
+__all__ = ["KINDS", "Input", "Run", "number", "numbers", "objects", "read"]
 
 # Kinds of result files, and the lists of objects that each must hold.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -88,6 +88,11 @@ def numbers(values: Any) -> Array:
     """A float array of a list, NaN for each entry that is no number; empty where it is no list."""
     values = values if isinstance(values, (list, tuple)) else []
     return np.array([number(value) for value in values], np.float64)
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    """The objects in a list; none where it is no list."""
+    return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
 
 
 def read(paths: Sequence[Path]) -> list[Input]:

@@ -3,179 +3,157 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradstats.estimators import critical_value
 from gradstats.words import readable
 from gradstats.workbench.report.figures import Axis, Cell, Figure, Line, Section, Table
-from gradstats.workbench.report.inputs import Input, number, numbers
+from gradstats.workbench.report.inputs import Input, number, numbers, objects
 from gradstats.workbench.report.runs import SAMPLES, hours
 from gradstats.workbench.report.thinning import POINTS
 
-__all__ = ["Plan", "better", "plans_of", "sweep"]
+__all__ = ["sweep"]
 
-CONFIDENCE = 0.9
 FINAL = {"validation_loss": "validation loss", "final_loss": "final loss"}
+CURVE = 41  # points of a fitted curve
+# Columns of the summary: keys, headings.
+COLUMNS = {
+    "validation_loss": "validation loss",
+    "final_loss": "training loss",
+    "gap": "generalisation gap",
+    "seconds": "seconds",
+    "sharpness_full": "sharpness",
+    "sharpness_subspace": "sharpness, subspace",
+    "top_eigenvalue": "top eigenvalue",
+}
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Trials of one batch size, number of steps and learning rate. `values` by seed: what decides."""
+    """The trials of one plan."""
 
     name: str
     batch_size: float
-    steps: float
     learning_rate: float
-    trials: Sequence[dict[str, Any]]
-    measure: str
-    values: dict[str, float]
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(list(self.values.values()))) if self.values else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return _interval(np.array(list(self.values.values())))
-
-
-def plans_of(given: Input) -> list[Plan]:
-    """The plans of a sweep, the lowest mean loss first; held out where every trial has that."""
-    trials = given.content["trials"]
-    key = next((k for k in FINAL if trials and all(_known(t, k) for t in trials)), "final_loss")
-    groups: dict[tuple[float, ...], list[dict[str, Any]]] = {}
-    for trial in trials:
-        plan = tuple(number(trial.get(k)) for k in ("batch_size", "steps", "learning_rate"))
-        groups.setdefault(plan, []).append(trial)
-    sizes = [(size, steps) for size, steps, _ in groups]
-    plans = []
-    for (size, steps, rate), group in groups.items():
-        name = f"{size:g} × {steps:,.0f}"
-        if sizes.count((size, steps)) > 1:
-            name += f", rate {readable(rate)}"
-        values = {str(t.get("seed")): float(t[key]) for t in group if _known(t, key)}
-        plans.append(Plan(name, size, steps, rate, group, FINAL[key], values))
-    return sorted(plans, key=lambda plan: (math.isnan(plan.mean), plan.mean))
-
-
-def better(one: Plan, other: Plan) -> tuple[float, float, float, bool]:
-    """Mean of other − one with its 90% interval, and whether that lies above zero.
-
-    Paired over the seeds that both have (Student's t); with fewer than two of them nothing is sure.
-    """
-    seeds = [seed for seed in one.values if seed in other.values]
-    gaps = np.array([other.values[seed] - one.values[seed] for seed in seeds])
-    low, high = _interval(gaps)
-    return (float(gaps.mean()) if len(gaps) else math.nan), low, high, low > 0
-
-
-def _interval(values: Array) -> tuple[float, float]:
-    """Student's t interval of a mean; NaN with fewer than two values."""
-    if len(values) < 2:
-        return math.nan, math.nan
-    half = critical_value(len(values) - 1, CONFIDENCE) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
+    trials: Sequence[Mapping[str, Any]]
 
 
 def sweep(given: Input) -> Section:
-    plans = plans_of(given)
     section = Section(
         "sweep",
         "Sweep",
-        "Plans of batch size × steps, each trained from the same start over several seeds.",
+        "Plans of batch size × steps, each trained from the same weights over several seeds.",
     )
-    by_size = sorted(plans, key=lambda plan: (plan.batch_size, plan.learning_rate))
-    section.add(_map(by_size), _table(plans))
+    plans = _plans(given.content["trials"])
+    section.add(_map(plans), _summary(given))
     divisor, unit = hours([_column(t, "seconds") for plan in plans for t in plan.trials])
-    for key, axis, scale, name in (
-        ("samples", SAMPLES, 1.0, "samples"),
-        ("seconds", Axis(f"time ({unit})"), divisor, "time"),
-        ("step", Axis("optimizer steps", log=True), 1.0, "steps"),
+    held_out = any(
+        np.isfinite(_column(t, "validation_loss")).any() for p in plans for t in p.trials
+    )
+    key, name = ("validation_loss", "validation loss") if held_out else ("loss", "loss")
+    for by, axis, scale in (
+        ("samples", SAMPLES, 1.0),
+        ("seconds", Axis(f"time ({unit})"), divisor),
+        ("step", Axis("optimizer steps", log=True), 1.0),
     ):
-        lines = [_mean_curve(plan, key, scale, i) for i, plan in enumerate(by_size)]
+        lines = [_mean_curve(plan, by, key, scale, i) for i, plan in enumerate(plans)]
+        what = {"samples": "samples", "seconds": "time", "step": "steps"}[by]
         caption = (
-            f"Training loss by {name}, means over seeds with the range of the seeds as a band. The line "
-            "that is lowest at your budget is the plan to take."
+            f"The {name} by {what}: means over seeds, with the range of the seeds as a band. The line that "
+            "is lowest at your budget is the plan to take."
         )
-        section.add(Figure(f"Loss by {name}", caption, axis, Axis("loss"), lines))
-    section.add(_variance(given, by_size))
+        title = f"{name.capitalize()} by {what}"
+        section.add(Figure(title, caption, axis, Axis(name, log=True), lines))
+    section.add(_to_target(given.content.get("steps_to_target")))
+    section.add(_variance(given.content.get("variance")))
     return section
 
 
+def _plans(trials: Sequence[Mapping[str, Any]]) -> list[Plan]:
+    """By batch size, and then by learning rate."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for trial in trials:
+        name = trial.get("plan") or f"{trial.get('batch_size')}x{trial.get('steps')}"
+        groups.setdefault(str(name), []).append(trial)
+    plans = [
+        Plan(name, number(group[0].get("batch_size")), number(group[0].get("learning_rate")), group)
+        for name, group in groups.items()
+    ]
+    return sorted(plans, key=lambda plan: (plan.batch_size, plan.learning_rate))
+
+
 def _map(plans: Sequence[Plan]) -> Table:
-    """The final loss of every trial, plans down and seeds (or rates and seeds) across."""
-    seeds = list(dict.fromkeys(seed for plan in plans for seed in plan.values))
-    values = [value for plan in plans for value in plan.values.values()]
+    """The final loss of every trial: plans down, seeds across."""
+    trials = [trial for plan in plans for trial in plan.trials]
+    done = [trial for trial in trials if trial.get("ok", True)]
+    key = next((k for k in FINAL if done and all(_known(t, k) for t in done)), "final_loss")
+    values = [number(trial.get(key)) for trial in trials if _known(trial, key)]
     low, high = min(values, default=0.0), max(values, default=0.0)
     span = (high - low) or 1.0
+    seeds = list(dict.fromkeys(str(trial.get("seed")) for trial in trials))
 
-    def cell(plan: Plan, seed: str) -> Cell:
-        value = plan.values.get(seed)
-        if value is None:
-            return Cell("failed" if any(str(t.get("seed")) == seed for t in plan.trials) else "–")
+    def cell(plan: Plan, seed: str) -> str | Cell:
+        same = [trial for trial in plan.trials if str(trial.get("seed")) == seed]
+        if not same:
+            return "–"
+        value = number(same[0].get(key))
+        if math.isnan(value):
+            return "failed"
         return Cell(readable(value), (value - low) / span, value == low)
 
     rows: list[list[str | Cell]] = [
-        [plan.name, readable(plan.learning_rate), *(cell(plan, seed) for seed in seeds)]
+        [
+            plan.name,
+            readable(plan.learning_rate) if math.isfinite(plan.learning_rate) else "–",
+            *(cell(plan, seed) for seed in seeds),
+        ]
         for plan in plans
     ]
-    measure = plans[0].measure if plans else "loss"
     return Table(
-        ["batch size × steps", "learning rate", *(f"seed {seed}" for seed in seeds)],
+        ["batch size x steps", "learning rate", *(f"seed {seed}" for seed in seeds)],
         rows,
-        title=f"Map: {measure} of every trial",
-        caption="The deeper the colour, the lower the loss; the lowest is bold. Where the "
-        "colour changes as much within rows as between them, the plans cannot be told apart.",
+        title=f"Map: {FINAL[key]} of every trial",
+        caption="The deeper the colour, the lower the loss; the lowest is bold. Where the colour changes as "
+        "much within rows as between them, the plans cannot be told apart.",
     )
 
 
-def _table(plans: Sequence[Plan]) -> Table:
-    rows = []
-    for plan in plans:
-        low, high = plan.interval
-        mean = {
-            key: _mean([number(t.get(key)) for t in plan.trials])
-            for key in ("final_loss", "gap", "gradient_variance", "sharpness")
-        }
-        seconds = _mean([_last(t, "seconds") for t in plan.trials])
-        rows.append(
-            [
-                plan.name,
-                _text(plan.mean),
-                "–" if math.isnan(low) else f"{readable(low)} to {readable(high)}",
-                _text(mean["final_loss"]),
-                _text(mean["gap"]),
-                _text(seconds),
-                _text(mean["gradient_variance"]),
-                _text(mean["sharpness"]),
-            ]
-        )
-    measure = plans[0].measure if plans else "loss"
-    headings = [
-        *("plan", f"{measure}, mean", "90% interval", "final loss", "generalisation gap"),
-        *("seconds", "gradient variance", "sharpness"),
+def _summary(given: Input) -> Table:
+    """Means and intervals by plan, as the sweep has them."""
+    rows = objects(given.content.get("summary"))
+    keys = [key for key in COLUMNS if any(_mean(row.get(key)) for row in rows)]
+    table = [
+        [str(row.get("plan", "–")), *(_mean(row.get(key)) or "–" for key in keys)] for row in rows
     ]
-    kept = [i for i in range(len(headings)) if i == 0 or any(row[i] != "–" for row in rows)]
+    said = " ".join(str(v.get("sentence", "")) for v in objects(given.content.get("verdicts")))
     return Table(
-        [headings[i] for i in kept],
-        [[row[i] for i in kept] for row in rows],
-        title="Plans, best first",
-        caption="Means over seeds; intervals by Student's t. Plans whose intervals overlap may be alike.",
+        ["plan", *(COLUMNS[key] for key in keys)],
+        table if keys else [],
+        title="Means over seeds, with 90% intervals",
+        caption=said,
     )
 
 
-def _mean_curve(plan: Plan, key: str, scale: float, colour: int) -> Line:
+def _mean(value: Any) -> str:
+    """A mean with its interval; empty where it is not known."""
+    value = value if isinstance(value, Mapping) else {}
+    mean, low, high = (number(value.get(key)) for key in ("mean", "low", "high"))
+    if not math.isfinite(mean):
+        return ""
+    return readable(mean) + (f" ({readable(low)} to {readable(high)})" if high >= low else "")
+
+
+def _mean_curve(plan: Plan, by: str, key: str, scale: float, colour: int) -> Line:
     """The mean over trials on common points, with their lowest and highest."""
     curves = []
     for trial in plan.trials:
-        x, y = _column(trial, key) / scale, _column(trial, "loss")
+        x, y = _column(trial, by) / scale, _column(trial, key)
         known = np.isfinite(x) & np.isfinite(y)
         if known.any():
             curves.append((x[known], y[known]))
@@ -189,50 +167,65 @@ def _mean_curve(plan: Plan, key: str, scale: float, colour: int) -> Line:
     return Line(plan.name, at, heights.mean(axis=0), low, high, colour=colour)
 
 
-def _variance(given: Input, plans: Sequence[Plan]) -> Figure:
-    sizes, values = [], []
-    for plan in plans:
-        for trial in plan.trials:
-            sizes.append(plan.batch_size)
-            values.append(number(trial.get("gradient_variance")))
-    x, y = np.array(sizes), np.array(values)
-    lines = [Line("measured", x, y, style="points")]
-    known = (x > 0) & (y > 0)
-    if known.any():
-        level = float(np.exp(np.mean(np.log(x[known] * y[known]))))
-        ends = np.array([x[known].min(), x[known].max()])
-        lines.append(Line("∝ 1/batch size", ends, level / ends, style="dashed", colour=5))
-    variance = given.content.get("variance")
-    exponent = number(variance.get("exponent")) if isinstance(variance, dict) else math.nan
-    fitted = f" Fitted exponent: {readable(exponent)}." if math.isfinite(exponent) else ""
+def _to_target(found: Any) -> Figure | None:
+    """Steps to a loss by batch size, and S = S_min (1 + B_crit/B) through them."""
+    points = objects(found.get("points")) if isinstance(found, Mapping) else []
+    size, steps = (numbers([point.get(key) for point in points]) for key in ("batch_size", "steps"))
+    if not len(size):
+        return None
+    lines = [Line("measured", size, steps, style="points")]
+    least, critical, worst, target = (
+        number(found.get(k)) for k in ("steps_min", "critical_batch", "worst_relative", "target")
+    )
+    said = ""
+    if least > 0 and critical > 0:
+        at = np.geomspace(size.min(), size.max(), CURVE)
+        fitted = least * (1 + critical / at)
+        lines.append(Line("S_min (1 + B_crit/B)", at, fitted, style="dashed", colour=5))
+        said = f" Fitted: S_min {readable(least)}, B_crit {readable(critical)}"
+        said += f"; the farthest point is {readable(100 * worst)}% off." if worst >= 0 else "."
     return Figure(
-        "Variance of the gradient",
-        f"Independent samples make it fall as 1/batch size, a straight line here.{fitted}",
+        f"Steps to a loss of {readable(target)}",
+        "Where it falls steeply, larger batches still save steps; where it is flat they do not (McCandlish "
+        f"et al. 2018).{said}",
         Axis("batch size (samples)", log=True),
-        Axis("variance of the mean gradient", log=True),
+        Axis("optimizer steps", log=True),
         lines,
     )
 
 
-def _column(trial: dict[str, Any], key: str) -> Array:
-    curve = trial.get("curve")
-    points = curve if isinstance(curve, list) else []
-    return numbers([point.get(key) for point in points if isinstance(point, dict)])
+def _variance(found: Any) -> Figure | None:
+    """Of the mean gradient, directly and by the monitor, against 1/batch size."""
+    points = objects(found.get("points")) if isinstance(found, Mapping) else []
+    keys = ("batch_size", "direct", "low", "high", "by_monitor")
+    size, direct, low, high, monitor = (numbers([p.get(key) for p in points]) for key in keys)
+    if not len(size):
+        return None
+    lines = [
+        Line("between independent batches", size, direct, low, high, style="points"),
+        Line("tr Σ/B of the monitor", size, monitor, style="crosses", colour=1),
+    ]
+    constant, exponent = (number(found.get(key)) for key in ("constant", "exponent"))
+    if constant > 0:
+        ends = np.array([size.min(), size.max()])
+        lines.append(Line("∝ 1/B", ends, constant / ends, style="dashed", colour=5))
+    said = ""
+    if math.isfinite(exponent):
+        least, most = number(found.get("low")), number(found.get("high"))
+        interval = f" (90% interval {readable(least)} to {readable(most)})" if most >= least else ""
+        said = f" Fitted exponent: {readable(exponent)}{interval}."
+    return Figure(
+        "Variance of the mean gradient",
+        f"Independent samples make it fall as 1/batch size, a straight line here.{said}",
+        Axis("batch size (samples)", log=True),
+        Axis("variance", log=True),
+        lines,
+    )
 
 
-def _last(trial: dict[str, Any], key: str) -> float:
-    column = _column(trial, key)
-    return float(column[-1]) if len(column) else math.nan
+def _column(trial: Mapping[str, Any], key: str) -> Array:
+    return numbers([point.get(key) for point in objects(trial.get("curve"))])
 
 
-def _known(trial: dict[str, Any], key: str) -> bool:
+def _known(trial: Mapping[str, Any], key: str) -> bool:
     return math.isfinite(number(trial.get(key)))
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if math.isfinite(value)]
-    return float(np.mean(known)) if known else math.nan
-
-
-def _text(value: float) -> str:
-    return readable(value) if math.isfinite(value) else "–"

@@ -10,8 +10,7 @@ from typing import Any, Literal
 from gradstats.estimators import NoiseScale
 from gradstats.words import readable
 from gradstats.workbench.report.advice_of import Basis
-from gradstats.workbench.report.inputs import Input, Run, number, numbers
-from gradstats.workbench.report.plans import better, plans_of
+from gradstats.workbench.report.inputs import Input, Run, number, numbers, objects
 from gradstats.workbench.report.runs import loss_at
 
 __all__ = ["Fact", "Verdict", "verdict"]
@@ -21,7 +20,7 @@ NARROW = 3.0  # ratio of an interval's ends up to which a noise scale is called 
 MOST_FACTS = 6
 # Facts that stand beside another finding's; the others are what that finding would have one do.
 ALONGSIDE = {
-    *("Noise scale", "Critical batch size", "Largest micro-batch", "Best plan tried"),
+    *("Noise scale", "Critical batch size", "Largest micro-batch", "Best plan by samples"),
     *("Learning rate, range test", "Measured step"),
 }
 
@@ -191,25 +190,26 @@ def _advised(given: Input) -> Verdict | None:
 
 
 def _swept(given: Input) -> Verdict | None:
-    plans = [plan for plan in plans_of(given) if math.isfinite(plan.mean)]
-    if len(plans) < 2:
+    """Which plan got furthest by samples, steps and time, as the sweep found."""
+    found = {str(v.get("by")): v for v in objects(given.content.get("verdicts")) if v.get("best")}
+    if not found:
         return None
-    best, second, rest = plans[0], plans[1], plans[1:]
-    gap, low, high, sure = better(best, second)
-    facts = [Fact("Best plan tried", best.name, f"{best.measure} {readable(best.mean)}")]
-    if sure:
-        headline = f"Of the {len(plans)} plans tried, {best.name} ends lowest"
-        text = (
-            f"Its {best.measure} is lower than {second.name}'s by {readable(gap)} (90% interval "
-            f"{readable(low)} to {readable(high)}, over {len(best.values)} seeds)."
-        )
-        return Verdict(_sentence(headline), text, "good", facts, [text])
-    tied = [plan.name for plan in rest if not better(best, plan)[3]]
-    headline = (
-        f"Of the {len(plans)} plans tried, {_and([best.name, *tied])} end too close to tell apart"
-    )
-    text = f"By {best.measure} over {len(best.values)} seeds; take the one that is soonest."
-    return Verdict(_sentence(headline), text, "fair", facts, [text])
+    parts, tied = [], False
+    for by, word in (("samples", "by samples"), ("steps", "by steps"), ("seconds", "by time")):
+        if by in found:
+            best = [str(found[by]["best"]), *map(str, found[by].get("tied") or ())]
+            tied |= len(best) > 1
+            parts.append(f"{' or '.join(best)} {word}")
+    first = found.get("samples") or next(iter(found.values()))
+    loss = number((first.get("means") or {}).get(first["best"]))
+    detail = f"{str(first.get('measure', 'loss')).replace('_', ' ')} {readable(loss)}"
+    fact = Fact("Best plan by samples", str(first["best"]), detail if math.isfinite(loss) else "")
+    sure = "Where two plans are named, their trials cannot be told apart."
+    if not tied:
+        sure = "Each is ahead of the others by more than its trials scatter (90% intervals)."
+    sentences = [str(verdict["sentence"]) for verdict in found.values() if verdict.get("sentence")]
+    headline = f"Of the plans tried, the best is {_and(parts)}"
+    return Verdict(_sentence(headline), sure, "fair" if tied else "good", [fact], sentences)
 
 
 def _critical(given: Input) -> Verdict | None:
