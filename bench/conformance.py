@@ -22,11 +22,13 @@ from pathlib import Path
 import torch
 from checkout import RESULTS
 from conformance_tools import TOOLS, Norms, Tool
-from peers import PACKAGES, Refused, first_line
 from situation_parts import Situation
 from situations import SITUATIONS
-from timing import environment, table
 from torch import Tensor, nn
+
+from gradstats.workbench.bench.peers import PACKAGES, Refused, first_line
+from gradstats.workbench.bench.timing import table
+from gradstats.workbench.saved import environment
 
 
 @dataclass(frozen=True)

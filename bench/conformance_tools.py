@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from peers import Refused
 from situation_parts import Situation
 from torch import Tensor, nn
 
 import gradstats
+from gradstats.workbench.bench.peers import Refused
 
 Norms = dict[str, Tensor]  # squared, (B,), by parameter or by "all"
 

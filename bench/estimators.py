@@ -18,10 +18,11 @@ from typing import Any
 import checkout
 import numpy as np
 import torch
-from timing import environment, table
 
 from gradstats.momentum import MomentumStep, momentum_grad_sq_norm
 from gradstats.parts import estimate
+from gradstats.workbench.bench.timing import table
+from gradstats.workbench.saved import environment
 
 RATIOS = (1.0, 10.0, 100.0)
 DECAYS = (0.9, 0.99)

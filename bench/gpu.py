@@ -26,10 +26,11 @@ import torch
 from gpu_gather import conv_cases, embedding_cases, tied_cases
 from gpu_ops import Case, chosen, linear_cases, multi_cases, norm_cases
 from gpu_steps import LIMITS, step_cases
-from models import WORKLOADS
-from timing import Spread, environment, interleave, ratios, table
 
 from gradstats import backends
+from gradstats.workbench.bench.models import MODELS
+from gradstats.workbench.bench.timing import Spread, interleave, ratios, table
+from gradstats.workbench.saved import environment
 
 OPERATIONS = {
     "linear": linear_cases,
@@ -60,7 +61,7 @@ def cases(only: list[str], models: list[str], device: str, small: bool) -> Itera
         if name in only:
             yield from of(device, dtype, small)
     if "multi" in only:
-        model = WORKLOADS["gpt2-124m"].make(tiny=small).model
+        model = MODELS["gpt2-124m"].make(tiny=small).model
         yield from multi_cases(device, [tuple(p.shape) for p in model.parameters()])
     if "steps" in only:
         yield from step_cases(models, device, small)

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from check import Monitored, check_gradstats, check_peer, worst
 from gpu_ops import FP32_TOLERANCE, Case
-from models import WORKLOADS, Problem
-from peers import PEERS, Refused, Step, first_line
 
 import gradstats
+from gradstats.errors import GradStatsError
+from gradstats.workbench.bench.checks import Monitored, check_gradstats, check_peer, worst
+from gradstats.workbench.bench.models import MODELS, Problem
+from gradstats.workbench.bench.peers import PEERS, Refused, Step, first_line
 
 LIMITS = {  # norms, norms + moments
     "gpt2-124m": (1.03, 1.08), "resnet-50": (1.15, None), "vit-b16": (1.05, None),
@@ -70,10 +71,10 @@ def memory_remarks(make: dict[str, Callable[[], Callable[[], None]]]) -> dict[st
 
 def check_compiled(name: str, device: str) -> float:
     """A tiny copy in float32: eager against float64, and compiled against eager."""
-    problem = WORKLOADS[name].make(tiny=True, device=device)
+    problem = MODELS[name].make(tiny=True, device=device)
     try:
         errors, record = check_gradstats(problem)
-    except AssertionError as error:
+    except GradStatsError as error:
         print(f"{name}: {error}")
         return float("inf")
     if device != "cuda":
@@ -90,7 +91,7 @@ def check_compiled(name: str, device: str) -> float:
 
 def step_cases(models: list[str], device: str, small: bool) -> Iterator[Case]:
     for name in models:
-        problem = WORKLOADS[name].make(tiny=small, device=device)
+        problem = MODELS[name].make(tiny=small, device=device)
         if name in CHANNELS_LAST:
             problem = Problem(problem.model.to(memory_format=torch.channels_last),
                               problem.inputs.to(memory_format=torch.channels_last),
@@ -118,7 +119,7 @@ def peer_case(name: str, problem: Problem, device: str) -> Case:
     case = Case(f"{name} step, eager float32", ("plain", Step(problem)), {}, warmup=3)
     try:
         errors, record = check_gradstats(problem)
-    except AssertionError as error:
+    except GradStatsError as error:
         print(f"{case.name}: {error}")
         case.check = lambda: float("inf")
         return case

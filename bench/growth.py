@@ -2,7 +2,7 @@
 
     python bench/growth.py [--ops linear conv layer_norm embedding] [--rounds 15] [--json FILE]
 
-B and T are doubled over a range, one at a time, and all points of a curve take turns (timing.py).
+B and T are doubled over a range, one at a time, and all points of a curve take turns.
 Shown is the time per sample and position over the median of the curve: 1 everywhere where cost is
 proportional, more at the small end where a call costs something by itself, as for writing a weight
 gradient. Beside it, the line a + b·n through the times (relative least squares): how far the
@@ -22,74 +22,36 @@ from typing import Any
 import checkout
 import numpy as np
 import torch
-from timing import environment, interleave, table
 
 from gradstats import backends
-from gradstats.ops import ops
+from gradstats.workbench.bench.ops import make
+from gradstats.workbench.bench.timing import interleave, table
+from gradstats.workbench.saved import environment
 
 Call = Callable[[], Any]
 PLAIN, KINDS = "torch", ("norms", "norms+moments")
 DIM, OUT, VOCAB, CHANNELS = 256, 256, 1024, 64
 
 
-def linear(b: int, t: int) -> dict[str, Call]:
-    x, g = torch.randn(b, t, DIM), torch.randn(b, t, OUT)
-    flat_x, flat_g = x.flatten(0, 1), g.flatten(0, 1)
-    calls: dict[str, Call] = {PLAIN: lambda: (flat_g.t() @ flat_x, flat_g.sum(0))}
-    for moments, kind in enumerate(KINDS):
-        calls[kind] = lambda m=bool(moments): ops.linear_stats(x, g, True, True, m)
-    return calls
-
-
-def conv(b: int, t: int) -> dict[str, Call]:
-    side = round(t**0.5)
-    x, g = (torch.randn(b, CHANNELS, side, side) for _ in range(2))
-    weight = torch.randn(CHANNELS, CHANNELS, 3, 3)
-    geometry = ([1, 1], [1, 1], [1, 1])
-    backward = torch.ops.aten.convolution_backward
-    calls: dict[str, Call] = {
-        PLAIN: lambda: backward(g, x, weight, [CHANNELS], *geometry, False, [0, 0], 1,
-                                [False, True, True])
-    }  # fmt: skip
-    for moments, kind in enumerate(KINDS):
-        calls[kind] = lambda m=bool(moments): ops.conv_stats(
-            x, g, [3, 3], *geometry, 1, True, True, m
-        )
-    return calls
-
-
-def layer_norm(b: int, t: int) -> dict[str, Call]:
-    x, g = torch.randn(b, t, DIM), torch.randn(b, t, DIM)
-    scale, shift = torch.ones(DIM), torch.zeros(DIM)
-    _, mean, rstd = torch.native_layer_norm(x, [DIM], scale, shift, 1e-5)
-    backward = torch.ops.aten.native_layer_norm_backward
-    calls: dict[str, Call] = {
-        PLAIN: lambda: backward(g, x, [DIM], mean, rstd, scale, shift, [True, True, True])
+def calls(op: str, b: int, t: int) -> dict[str, Call]:
+    """torch's own gradient of B samples of T positions, and ours without and with moments."""
+    sizes = {
+        "linear": (b, t, DIM, OUT),
+        "conv": (b, CHANNELS, CHANNELS, round(t**0.5), 3, 1, 1),
+        "layer_norm": (b, t, DIM),
+        "embedding": (b, t, VOCAB, DIM),
     }
-    rows = (mean.flatten(1), rstd.flatten(1))
-    for moments, kind in enumerate(KINDS):
-        calls[kind] = lambda m=bool(moments): ops.layer_norm_stats(
-            g, x, *rows, scale, True, True, True, m
-        )
-    return calls
-
-
-def embedding(b: int, t: int) -> dict[str, Call]:
-    ids, g = torch.randint(VOCAB, (b, t)), torch.randn(b, t, DIM)
-    backward = torch.ops.aten.embedding_dense_backward
-    calls: dict[str, Call] = {PLAIN: lambda: backward(g, ids, VOCAB, -1, False)}
-    for moments, kind in enumerate(KINDS):
-        calls[kind] = lambda m=bool(moments): ops.embedding_stats(ids, g, VOCAB, -1, m)
-    return calls
+    made = make(op, sizes[op])
+    return {PLAIN: made.torch(), KINDS[0]: made.ours(), KINDS[1]: made.ours(True)}
 
 
 BATCHES = (8, 16, 32, 64, 128)
-OPS: dict[str, tuple[Callable[[int, int], dict[str, Call]], int, int, tuple[int, ...]]] = {
-    # how to make the calls, B while T grows, T while B grows, the values of T
-    "linear": (linear, 16, 64, (8, 16, 32, 64, 128, 256, 512, 1024)),
-    "conv": (conv, 16, 256, (16, 64, 256, 1024, 4096)),
-    "layer_norm": (layer_norm, 16, 64, (16, 32, 64, 128, 256, 512, 1024)),
-    "embedding": (embedding, 16, 256, (16, 32, 64, 128, 256, 512, 1024)),
+OPS: dict[str, tuple[int, int, tuple[int, ...]]] = {
+    # B while T grows, T while B grows, the values of T
+    "linear": (16, 64, (8, 16, 32, 64, 128, 256, 512, 1024)),
+    "conv": (16, 256, (16, 64, 256, 1024, 4096)),
+    "layer_norm": (16, 64, (16, 32, 64, 128, 256, 512, 1024)),
+    "embedding": (16, 256, (16, 32, 64, 128, 256, 512, 1024)),
 }
 
 
@@ -103,13 +65,13 @@ def line(points: list[int], seconds: list[float]) -> dict[str, float]:
 
 def curves(op: str, rounds: int, turn_seconds: float) -> list[dict[str, Any]]:
     """One curve for each way to compute `op` and each of B and T."""
-    make, batch, positions, lengths = OPS[op]
+    batch, positions, lengths = OPS[op]
     found = []
     for axis, points in (
         ("B", [(b, positions) for b in BATCHES]),
         ("T", [(batch, t) for t in lengths]),
     ):
-        steps = {(kind, b, t): call for b, t in points for kind, call in make(b, t).items()}
+        steps = {(kind, b, t): call for b, t in points for kind, call in calls(op, b, t).items()}
         names = {str(key): key for key in steps}
         seconds = interleave(
             {name: steps[key] for name, key in names.items()},

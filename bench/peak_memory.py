@@ -25,10 +25,11 @@ from typing import Any
 
 import checkout  # noqa: F401
 import torch
-from models import WORKLOADS, Problem
-from timing import environment, table
 
 import gradstats
+from gradstats.workbench.bench.models import MODELS, Problem
+from gradstats.workbench.bench.timing import table
+from gradstats.workbench.saved import environment
 
 VARIANTS = ("plain", "norms", "moments")
 FALLBACK_BYTES = (2**28, 2**24, 2**22)  # of the fallback's example
@@ -74,7 +75,7 @@ def train(problem: Problem, variant: str, fallback_bytes: int) -> Any:
 
 def measure(model: str, variant: str, tiny: bool, fallback_bytes: int) -> dict[str, Any]:
     """Peak and largest allocation of the third step, in bytes above the model and its data."""
-    problem = WORKLOADS[model].make(tiny=tiny)
+    problem = MODELS[model].make(tiny=tiny)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         step = train(problem, variant, fallback_bytes)
@@ -128,9 +129,7 @@ def row(model: str, name: str, found: dict[str, Any], plain: dict[str, Any]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--models", nargs="+", default=["mlp", "cnn", "gpt"], choices=list(WORKLOADS)
-    )
+    parser.add_argument("--models", nargs="+", default=["mlp", "cnn", "gpt"], choices=list(MODELS))
     parser.add_argument(
         "--no-fallback", action="store_true", help="leave the shared-layer example out"
     )

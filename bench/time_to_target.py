@@ -29,7 +29,9 @@ import numpy as np
 import torch
 from race_runs import Method, Outcome, followers, run, step_seconds
 from race_tasks import RACES, Race
-from timing import environment, table
+
+from gradstats.workbench.bench.timing import table
+from gradstats.workbench.saved import environment
 
 FIRST_RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the race's
 RATES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # times that of the next smaller batch

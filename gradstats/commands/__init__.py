@@ -4,4 +4,6 @@ Each file has `register(application)`, which adds a function to a typer applicat
 needs within that function, so that `--help` is quick.
 """
 
-COMMANDS = ("doctor", "check", "measure", "vram", "demo", "critical", "report", "watch")
+COMMANDS = (
+    "doctor", "check", "measure", "vram", "critical", "bench", "report", "watch", "demo",
+)  # fmt: skip

@@ -1,7 +1,7 @@
 """The models that the benchmarks train: small ones for a CPU, standard ones for a GPU.
 
 All of them treat samples independently, own no buffers and use no in-place activation, so that
-every peer has a fair chance. `Workload.make(tiny=True)` shrinks a model for smoke runs.
+every peer has a fair chance. `Standard.make(tiny=True)` shrinks a model for smoke runs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         b, t, d = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(y.transpose(1, 2).reshape(b, t, d))
+        return self.out(y.transpose(1, 2).reshape(b, t, d))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))  # type: ignore[no-any-return]
 
 
 class GPT(nn.Module):
@@ -89,7 +89,7 @@ class GPT(nn.Module):
         at = torch.arange(ids.shape[1], device=ids.device)
         if self.batched_positions:
             at = at.repeat(ids.shape[0], 1)
-        return self.head(self.norm(self.blocks(self.tokens(ids) + self.positions(at))))
+        return self.head(self.norm(self.blocks(self.tokens(ids) + self.positions(at))))  # type: ignore[no-any-return]
 
 
 class ViT(nn.Module):
@@ -110,7 +110,7 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
-        return self.head(self.norm(self.blocks(x))[:, 0])
+        return self.head(self.norm(self.blocks(x))[:, 0])  # type: ignore[no-any-return]
 
 
 class Residual(nn.Module):
@@ -162,7 +162,7 @@ class Shared(nn.Module):
         self.inner, self.head = nn.Linear(dim, dim), nn.Linear(dim, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.inner(torch.tanh(self.inner(x)))).mean(1))
+        return self.head(torch.tanh(self.inner(torch.tanh(self.inner(x)))).mean(1))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Workload:
+class Standard:
     """`shape` is a sample's input, of pixels or features; with `vocab`, of token ids to predict."""
 
     model: Callable[..., nn.Module]
@@ -224,18 +224,18 @@ _TINY_VIT = (("image", 8), ("patch", 4), ("dim", 12), ("depth", 1), ("heads", 3)
 _RN50 = (("depths", (3, 4, 6, 3)), ("bottleneck", True), ("classes", 1000))
 _TINY_RN = (("depths", (1, 1)), ("width", 8))
 
-WORKLOADS = {
-    "mlp": Workload(mlp, 256, (784,), tiny=(("inputs", 12), ("hidden", 16)), tiny_shape=(12,)),
-    "cnn": Workload(cnn, 64, (3, 32, 32), tiny=(("width", 8),), tiny_shape=(3, 8, 8)),
-    "gpt": Workload(GPT, 8, (256,), vocab=1024, options=(("vocab", 1024),), tiny=_TINY_GPT,
+MODELS = {
+    "mlp": Standard(mlp, 256, (784,), tiny=(("inputs", 12), ("hidden", 16)), tiny_shape=(12,)),
+    "cnn": Standard(cnn, 64, (3, 32, 32), tiny=(("width", 8),), tiny_shape=(3, 8, 8)),
+    "gpt": Standard(GPT, 8, (256,), vocab=1024, options=(("vocab", 1024),), tiny=_TINY_GPT,
                     tiny_shape=(8,)),
-    "resnet": Workload(resnet, 32, (3, 64, 64), 200, tiny=_TINY_RN, tiny_shape=(3, 16, 16)),
-    "vit": Workload(ViT, 32, (3, 32, 32), tiny=_TINY_VIT, tiny_shape=(3, 8, 8)),
-    "shared": Workload(Shared, 64, (32, 256), tiny=(("dim", 8),), tiny_shape=(4, 8)),
-    "gpt2-124m": Workload(GPT, 16, (1024,), vocab=50304, options=_GPT2, tiny=_TINY_GPT,
+    "resnet": Standard(resnet, 32, (3, 64, 64), 200, tiny=_TINY_RN, tiny_shape=(3, 16, 16)),
+    "vit": Standard(ViT, 32, (3, 32, 32), tiny=_TINY_VIT, tiny_shape=(3, 8, 8)),
+    "shared": Standard(Shared, 64, (32, 256), tiny=(("dim", 8),), tiny_shape=(4, 8)),
+    "gpt2-124m": Standard(GPT, 16, (1024,), vocab=50304, options=_GPT2, tiny=_TINY_GPT,
                           tiny_shape=(8,)),
-    "resnet-50": Workload(resnet, 64, (3, 224, 224), 1000, options=_RN50, tiny=_TINY_RN,
+    "resnet-50": Standard(resnet, 64, (3, 224, 224), 1000, options=_RN50, tiny=_TINY_RN,
                           tiny_shape=(3, 16, 16)),
-    "vit-b16": Workload(ViT, 64, (3, 224, 224), 1000, options=_VITB, tiny=_TINY_VIT,
+    "vit-b16": Standard(ViT, 64, (3, 224, 224), 1000, options=_VITB, tiny=_TINY_VIT,
                         tiny_shape=(3, 8, 8)),
 }  # fmt: skip

@@ -14,8 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from models import Problem, mean_cross_entropy
 from torch import Tensor, nn
+
+from gradstats.workbench.bench.models import Problem, mean_cross_entropy
+
+GRAD_SAMPLE, SUM_GRAD_SQUARED = "grad_sample", "sum_grad_squared"  # as the peers call them
 
 
 class Refused(Exception):
@@ -71,7 +74,7 @@ class Opacus(Step):
 
     def backward(self) -> None:
         self.problem.loss(self.wrapped).backward()
-        each = {n: p.grad_sample for n, p in self.model.named_parameters()}
+        each = {n: getattr(p, GRAD_SAMPLE) for n, p in self.model.named_parameters()}
         self.sq_norm = sum_sq_norms(list(each.values()))
         if self.moments:
             self.mean_sq = {n: g.square().mean(0) for n, g in each.items()}
@@ -125,12 +128,12 @@ class BackPACK(Step):
         self.measured = list(measured)
         self.sq_norm = torch.stack([p.batch_l2 for p in measured.values()]).sum(0) * batch**2
         if self.moments:
-            self.mean_sq = {n: p.sum_grad_squared * batch for n, p in measured.items()}
+            self.mean_sq = {n: getattr(p, SUM_GRAD_SQUARED) * batch for n, p in measured.items()}
 
     def zero_grad(self) -> None:
         super().zero_grad()
         for p in self.model.parameters():
-            for name in ("batch_l2", "sum_grad_squared"):
+            for name in ("batch_l2", SUM_GRAD_SQUARED):
                 if hasattr(p, name):
                     delattr(p, name)
 

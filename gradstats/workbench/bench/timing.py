@@ -6,21 +6,17 @@ median of its per-round ratios, with the quartiles as its spread.
 
 from __future__ import annotations
 
-import datetime
 import math
-import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
+
+__all__ = ["Spread", "Step", "interleave", "once", "ratios", "steps_per_turn", "table"]
 
 Step = Callable[[], Any]
 
@@ -54,7 +50,7 @@ def once(step: Step, steps: int = 1, device: str = "cpu") -> float:
             step()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / steps
+        return float(begin.elapsed_time(end)) / 1e3 / steps
     begin_s = time.perf_counter()
     for _ in range(steps):
         step()
@@ -100,39 +96,6 @@ def ratios(seconds: Mapping[str, Sequence[float]], base: str) -> dict[str, Sprea
     return {
         name: Spread.of([t / b for t, b in zip(times, seconds[base], strict=True)])
         for name, times in seconds.items()
-    }
-
-
-def cpu_name() -> str:
-    """The CPU's model, as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    if platform.system() == "Darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return platform.processor() or platform.machine()
-
-
-def environment(*packages: str) -> dict[str, Any]:
-    """What a figure depends on besides the code; part of every JSON file."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("torch", "numpy", *packages):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions,
-        "cpu": cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
