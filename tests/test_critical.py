@@ -23,7 +23,7 @@ from gradstats.workbench.workload import load
 DIM, NOISE, RATE, BATCH = 16, 1.0, 0.02, 8
 KNOWN = Settings(
     multipliers=(1, 4, 16, 64), rule="sqrt", warm_up=0, samples=64 * 8 * BATCH, seeds=4,
-    evaluation_samples=4096,
+    evaluation_samples=4096, held_out=True,
 )  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def test_a_diverged_branch_is_outside() -> None:
     [
         ((1.0, 1.5, 1.9), "0.1", "128, the first size tested, is outside already"),
         ((1.99, 2.0, 2.2), "0.05", "is 500% of what the loss fell by"),
-        ((2.1, 2.1, 2.5), "0.05", "did not fall"),
+        ((2.1, 2.1, 2.5), "0.05", "loss did not fall, so no batch"),
     ],
 )
 def test_what_the_numbers_cannot_carry_is_said(finals, tolerance, remark) -> None:
@@ -256,7 +256,7 @@ def test_models_without_per_sample_gradients_are_measured_by_batches() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
     workload = gradstats.Workload(model, nn.MSELoss(), (x, x[:, :1]), batch_size=16)
     buffers = [b.clone() for b in model.buffers()]
-    found, _ = measure_critical(workload, Settings((16), (2,), None, 2, 128, 2, 64, 2))
+    found, _ = measure_critical(workload, Settings(16, (2,), None, 2, 128, 2, False, 64, 2))
     assert found.noise_scale.method == "micro_batch"
     assert found.branches[1].learning_rate == pytest.approx(1e-3 * math.sqrt(2))  # AdamW
     assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
@@ -324,6 +324,7 @@ def test_command(run, tmp_path) -> None:
     ("args", "message"),
     [
         (("workloads:dataset",), "the batch size trained with is not known; pass --batch-size"),
+        (("workloads:loader", "--held-out"), "has no samples held out; give gradstats.Workload("),
         (("workloads:whole", "--multipliers", "2,x"), "--multipliers '2,x' cannot be used"),
         (("workloads:whole", "--multipliers", "1"), "pass at least one above 1"),
         (("workloads:whole", "--multipliers", "7,11,13"), "pass ones that divide each other"),

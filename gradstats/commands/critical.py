@@ -48,8 +48,11 @@ def register(application: Any) -> None:
         ] = 0.5,
         evaluations: Annotated[int, typer.Option(help="Of each branch on its way.")] = 8,
         evaluation_samples: Annotated[
-            int, typer.Option(help="At most, of the samples held out, or else of the data.")
+            int, typer.Option(help="Samples to evaluate on, at most.")
         ] = 2048,
+        held_out: Annotated[
+            bool, typer.Option("--held-out", help="Evaluate on held-out, not on training samples.")
+        ] = False,
         confidence: Annotated[float, typer.Option(help="Of the interval.")] = 0.9,
         seeds: Annotated[int, typer.Option(help="Orders of the data; each gives a pair.")] = 3,
         seed: Annotated[int, typer.Option(help="Of the model and of the first order.")] = 0,
@@ -81,7 +84,7 @@ def register(application: Any) -> None:
 
             settings = Settings(
                 batch_size, whole_numbers("--multipliers", multipliers), rule, warm_up, samples,
-                evaluations, evaluation_samples, seeds, seed,
+                evaluations, held_out, evaluation_samples, seeds, seed,
             )  # fmt: skip
             limit = Tolerance.parse(tolerance)
             if picture is not None:
@@ -149,7 +152,7 @@ def _show(found: Any, noise_missing: str, files: list[Path]) -> None:
     lines = [str(found), *found.remarks]
     if found.noise_scale is None:
         lines.append(f"the noise scale could not be measured: {noise_missing}")
-    elif found.calibration is not None:
+    elif found.calibration is not None and found.reached:
         lines.append(
             f"Use it: monitor.recommend(critical={readable(found.calibration.value)}), or the policy "
             f"partial(gradstats.schedulers.noise_scale, factor={readable(found.calibration.value)})."

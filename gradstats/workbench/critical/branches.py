@@ -25,11 +25,13 @@ PARTS = 8  # batches whose gradients make one estimate of |G|², which single on
 
 
 class Evaluation:
-    """The mean loss over samples that stay the same: of those held out, or else of the data's."""
+    """The mean loss over samples that stay the same: of the data's, or of those held out."""
 
-    def __init__(self, workload: Workload, samples: int, batch_size: int) -> None:
+    def __init__(
+        self, workload: Workload, samples: int, batch_size: int, *, held_out: bool
+    ) -> None:
         self._workload, self._size = workload, AT_ONCE * batch_size
-        self.held_out = workload.num_validation > 0
+        self.held_out = held_out
         of = workload.num_validation if self.held_out else workload.num_samples
         self._chosen: list[int] = np.random.default_rng(0).permutation(of)[:samples].tolist()
         self.samples = len(self._chosen)

@@ -107,7 +107,7 @@ class Critical:
     are the same for the ends of the differences' intervals, so they hold the size with `confidence`
     (as far as the differences grow with the batch); `high` is None where no size is surely outside.
     `largest_within`: the largest tested size up to which all are within. `calibration`: the critical size
-    over the noise scale at the same checkpoint, None where that is not known.
+    over the noise scale at the same checkpoint, None where that is not known, or the loss did not fall.
     """
 
     batch_size: int
@@ -145,9 +145,10 @@ class Critical:
             if self.reached
             else f"critical batch size at least {size} samples, the largest tested"
         )
+        moved = f"{'fell' if self.fall >= 0 else 'rose'} by {readable(abs(self.fall))}"
         text += (
             f" ({readable(self.low)} {end}): up to it the loss stays within {readable(self.tolerance)} of "
-            f"that at {self.batch_size:,}, which fell by {readable(self.fall)} meanwhile"
+            f"that at {self.batch_size:,}, which {moved} meanwhile"
         )
         if self.noise_scale is not None and self.calibration is not None:
             factor = self.calibration
@@ -234,7 +235,7 @@ def decide(
         smoothing=smoothing,
         seeds=len(base),
         noise_scale=noise,
-        calibration=_calibration(value, low_end, high_end, noise),
+        calibration=_calibration(value, low_end, high_end, noise) if fall > 0 else None,
         remarks=tuple(_remarks(branches, size is not None, len(base), fall, allowed, runs)),
     )
 
@@ -298,8 +299,8 @@ def _remarks(
     said = []
     if fall <= 0:
         said.append(
-            f"the unbranched run's loss did not fall (by {readable(fall)}), so no batch can be told to be "
-            "too large; train for more samples, from an earlier checkpoint, or at a lower learning rate"
+            "the unbranched run's loss did not fall, so no batch can be told to be too large; train for more "
+            "samples, from an earlier checkpoint, or at a lower learning rate"
         )
     elif allowed > LARGE * fall:
         said.append(

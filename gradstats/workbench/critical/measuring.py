@@ -155,7 +155,10 @@ class _Branches:
         plan, optimizer = self.plan, optimizer_of(self.workload)
         back = kept((self.workload.model, optimizer))
         rate = float(optimizer.param_groups[0]["lr"])
-        evaluate = Evaluation(self.workload, plan.asked.evaluation_samples, plan.batch_size)
+        asked = plan.asked
+        evaluate = Evaluation(
+            self.workload, asked.evaluation_samples, plan.batch_size, held_out=asked.held_out
+        )
         start_loss = evaluate()
         require(
             math.isfinite(start_loss), "checkpoint", start_loss, "its loss must be a finite number"
@@ -163,8 +166,9 @@ class _Branches:
         noise = _read_noise(self.content["noise_scale"])
         if noise is None:
             self.progress("noise scale at the checkpoint", 0.0)
-            samples, seed = plan.samples // 2, plan.asked.seed
-            noise, why = noise_scale_at(self.workload, plan.batch_size, samples, seed)
+            noise, why = noise_scale_at(
+                self.workload, plan.batch_size, plan.samples // 2, asked.seed
+            )
             self.content["noise_scale"] = None if noise is None else noise.to_dict()
             self.content["noise_scale_missing"] = why
             back()

@@ -37,7 +37,9 @@ class Settings:
         samples: for which each branch is trained. Rounded up, so that every branch makes whole steps
             between evaluations. Default: 32 steps of the largest batch.
         evaluations: how often each branch is evaluated on its way, evenly over the samples.
-        evaluation_samples: at most; of those held out where there are any, else of the training data.
+        held_out: evaluate on the samples held out. Default: on training samples, whose loss is what the
+            steps lower; the loss of held-out samples rises again where a model overfits.
+        evaluation_samples: how many, at most.
         seeds: orders of the data (and random numbers of the model), each of which every branch takes.
         seed: the first of them.
     """
@@ -48,6 +50,7 @@ class Settings:
     warm_up: int = 200
     samples: int | None = None
     evaluations: int = 8
+    held_out: bool = False
     evaluation_samples: int = 2048
     seeds: int = 3
     seed: int = 0
@@ -70,6 +73,11 @@ class Plan:
             require(value >= 0, name, value, "pass a whole number of at least 0")
         for name in ("evaluations", "evaluation_samples", "seeds"):
             whole(name, getattr(asked, name))
+        if asked.held_out and not workload.num_validation:
+            raise InvalidArgumentError(
+                "the workload has no samples held out; give gradstats.Workload(validation=...), or evaluate "
+                "on its training samples"
+            )
         given = asked.multipliers
         self.multipliers = sorted({1, *(whole("multipliers", m) for m in given)})
         require(len(self.multipliers) > 1, "multipliers", given, "pass at least one above 1")
@@ -94,7 +102,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """What runs must have in common; more multipliers or seeds may be added to a file."""
         own = ("batch_size", "rule", "samples", "every", "evaluations")
-        asked = ("warm_up", "evaluation_samples", "seed")
+        asked = ("warm_up", "held_out", "evaluation_samples", "seed")
         return {k: getattr(self, k) for k in own} | {k: getattr(self.asked, k) for k in asked}
 
 
