@@ -190,7 +190,8 @@ def test_everything_is_put_back_and_branches_share_their_samples() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert groups == groups_after
     assert found.branches[1].learning_rate == pytest.approx(2 * 0.05)  # linear, for SGD
-    branches = torch.stack(seen[-6 * 16 :]).reshape(3, 2, -1)  # multiplier, seed, samples in order
+    steps = [s for s in seen if len(s) == 32][-6 * 16 :]  # not those of evaluations
+    branches = torch.stack(steps).reshape(3, 2, -1)  # multiplier, seed, samples in order
     assert torch.equal(branches[0], branches[1])
     assert torch.equal(branches[0], branches[2])
     assert not torch.equal(branches[0, 0], branches[0, 1])
