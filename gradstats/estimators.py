@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -92,6 +94,20 @@ class NoiseScale:
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in asdict(self).items()
         }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> NoiseScale:
+        """From `to_dict()`. Raises InvalidArgumentError for something else."""
+        known = {k: state[k] for k in cls.__dataclass_fields__ if k in state}
+        for name in ("value", "high", "tr_sigma", "true_grad_sq_norm"):  # null: it was not finite
+            if known.get(name) is None:
+                known[name] = math.inf if name == "high" else math.nan
+        if math.isnan(known["value"]) and known["tr_sigma"] > 0 >= known["true_grad_sq_norm"]:
+            known["value"] = math.inf
+        try:
+            return cls(**known)
+        except TypeError as error:
+            raise InvalidArgumentError(f"this is no noise scale: {error}") from error
 
     def __str__(self) -> str:
         return sentence(self)

@@ -109,6 +109,14 @@ class StepTime:
         """The fields as JSON can hold them."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> StepTime:
+        """From `to_dict()`."""
+        points = tuple(TimedStep(**point) for point in state["points"])
+        return cls(
+            **{**state, "points": points, "covariance": tuple(map(tuple, state["covariance"]))}
+        )
+
     def __str__(self) -> str:
         low, high = self.interval(self.max_micro_batch_size)
         middle = self.seconds(self.max_micro_batch_size)

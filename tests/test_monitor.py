@@ -392,6 +392,7 @@ EDGES = {
         "estimators",
         "fallback",
         "kept",
+        "layouts",
         "loggers",
         "machine",
         "monitor",

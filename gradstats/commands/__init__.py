@@ -5,5 +5,14 @@ needs within that function, so that `--help` is quick.
 """
 
 COMMANDS = (
-    "doctor", "check", "measure", "vram", "critical", "bench", "report", "watch", "demo",
-)  # fmt: skip
+    "doctor",
+    "check",
+    "measure",
+    "vram",
+    "critical",
+    "bench",
+    "report",
+    "watch",
+    "demo",
+    "advise",
+)

@@ -44,7 +44,7 @@ class Settings:
     """What was measured, and how. Batch sizes are in samples of the data.
 
     `sample`: what the noise scale counts, "example" or "token"; `data_samples`: samples in the data;
-    `batch_norm`: names of the BatchNorm layers in training mode.
+    `betas`: those of Adam and its kin; `batch_norm`: names of the BatchNorm layers in training mode.
     """
 
     batch_size: int
@@ -57,6 +57,7 @@ class Settings:
     data_samples: int
     optimizer: str
     learning_rate: float
+    betas: tuple[float, ...] | None
     device: str
     batch_norm: tuple[str, ...]
 

@@ -125,6 +125,7 @@ def measure(
         data_samples=workload.num_samples,
         optimizer=type(optimizer).__name__,
         learning_rate=float(optimizer.param_groups[0]["lr"]),
+        betas=optimizer.param_groups[0].get("betas"),
         device=str(workload.device),
         batch_norm=batch_norm_layers(workload.model),
     )

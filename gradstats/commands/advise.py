@@ -1,0 +1,190 @@
+"""`gradstats advise`."""
+
+# No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from gradstats.commands.running import one_line, print_json
+
+
+def register(application: Any) -> None:
+    @application.command()
+    def advise(
+        files: Annotated[
+            Optional[list[Path]],  # noqa: UP045
+            typer.Argument(help="Results of the other commands, and logs (.jsonl), in any order."),
+        ] = None,
+        target: Annotated[
+            Optional[str],  # noqa: UP045
+            typer.Option(
+                metavar="MODULE:FACTORY", help="Your training: BatchNorm layers, data, optimizer."
+            ),
+        ] = None,
+        task: Annotated[
+            Optional[str],  # noqa: UP045
+            typer.Option(
+                help="A published starting point where nothing was measured; see --tasks."
+            ),
+        ] = None,
+        tasks: Annotated[bool, typer.Option("--tasks", help="List those, and end.")] = False,
+        batch_size: Annotated[
+            Optional[int],  # noqa: UP045
+            typer.Option(help="Samples per step at present. Default: as measured."),
+        ] = None,
+        learning_rate: Annotated[
+            Optional[float],  # noqa: UP045
+            typer.Option(help="At present. Default: as measured."),
+        ] = None,
+        optimizer: Annotated[
+            Optional[str],  # noqa: UP045
+            typer.Option(help="SGD, AdamW, … Default: as measured."),
+        ] = None,
+        data_samples: Annotated[
+            Optional[int],  # noqa: UP045
+            typer.Option(help="Samples in the data, for epochs. Default: as measured."),
+        ] = None,
+        ranks: Annotated[int, typer.Option(help="Devices to train on.")] = 1,
+        collective_seconds: Annotated[
+            float, typer.Option(help="Of a step's collectives over all ranks.")
+        ] = 0.0,
+        max_micro_batch_size: Annotated[
+            Optional[int],  # noqa: UP045
+            typer.Option(help="Samples that fit a device. Default: as `gradstats vram` found."),
+        ] = None,
+        max_batch_size: Annotated[
+            Optional[int],  # noqa: UP045
+            typer.Option(help="Largest batch allowed."),
+        ] = None,
+        epochs: Annotated[
+            Optional[float],  # noqa: UP045
+            typer.Option(help="Planned, at the present batch size."),
+        ] = None,
+        steps: Annotated[
+            Optional[int],  # noqa: UP045
+            typer.Option(help="Planned, at the present batch size, instead of --epochs."),
+        ] = None,
+        goal: Annotated[str, typer.Option(help="time or cost.")] = "time",
+        price: Annotated[
+            Optional[float],  # noqa: UP045
+            typer.Option(help="Of a device for an hour."),
+        ] = None,
+        batch_norm: Annotated[
+            Optional[bool],  # noqa: UP045
+            typer.Option(
+                "--batch-norm/--no-batch-norm", help="The model has BatchNorm layers, or has none."
+            ),
+        ] = None,
+        out: Annotated[Optional[Path], typer.Option(help="Write the plan here.")] = None,  # noqa: UP045
+        as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    ) -> None:
+        """The plan: batch, micro-batches, ranks, learning rate, warm-up, steps; and why.
+
+        From result files of measure, vram, lr-range, critical and sweep, and from logs, in which signs of
+        overfitting are looked for too; or from a published starting point for a task. Exits with 0 with a
+        plan, 2 where a file or an argument cannot be used, or there is nothing to go by.
+        """
+        with one_line():
+            from gradstats.workbench import advise as bench
+            from gradstats.workbench import saved
+
+            if tasks:
+                _list(bench.STARTING_POINTS, as_json)
+                raise typer.Exit
+            evidence = bench.gather(files or [])
+            if target is not None:
+                evidence = bench.of_target(target).joined(evidence)
+            evidence = bench.with_present(
+                evidence,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                optimizer=optimizer,
+                data_samples=data_samples,
+                largest=max_micro_batch_size,
+            )
+            found = bench.advise(
+                evidence,
+                task=task,
+                ranks=ranks,
+                collective_seconds=collective_seconds,
+                max_batch_size=max_batch_size,
+                epochs=epochs,
+                steps_left=steps,
+                goal=goal,  # type: ignore[arg-type]
+                device_hour_price=price,
+                batch_norm=batch_norm,
+            )
+            content = {
+                "target": target, "environment": saved.environment(), **found.to_dict(),
+            }  # fmt: skip
+            if out is not None:
+                saved.write(out, "advise", content)
+            if as_json:
+                print_json(content)
+            else:
+                _show(found, evidence, out)
+
+
+def _list(points: Any, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        print_json({name: asdict(point) for name, point in points.items()})
+        return
+    from gradstats.terminal import console_and_table
+
+    console, make_table = console_and_table()
+    table = make_table(
+        "task", "batch size", "optimizer", "learning rate", "source", title_justify="left"
+    )
+    table.columns[0].no_wrap = True
+    for name, point in points.items():
+        size = f"{point.batch_size:,} {point.unit}"
+        table.add_row(name, size, point.optimizer, f"{point.learning_rate:.3g}", point.source)
+    console.print(table)
+    console.print("Published starting points, not measurements.")
+
+
+def _show(found: Any, evidence: Any, out: Any) -> None:
+    from rich.table import Table
+
+    from gradstats.estimators import readable
+    from gradstats.terminal import console_and_table
+
+    console, _ = console_and_table()
+    plan = found.plan
+    title = "Plan" if plan.measured else "A published starting point, not a measurement"
+    table = Table.grid("", "", padding=(0, 2))
+    table.title, table.title_justify = title, "left"
+
+    def row(name: str, value: Any, text: str) -> None:
+        if value is not None:
+            table.add_row(name, text)
+
+    now = evidence.batch_size if plan.measured else None
+    changed = "" if now in (None, plan.batch_size) else f"   (now {now:,})"
+    row("batch size", plan.batch_size, f"{plan.batch_size:,} {plan.unit}{changed}")
+    if plan.micro_batch_size is not None:
+        parts = f"{plan.micro_batch_size:,} × {plan.accumulation_steps:,} × {plan.world_size:,}"
+        row("made up of", parts, f"{parts}   (micro-batch × accumulation × ranks)")
+    row("optimizer", plan.optimizer, f"{plan.optimizer}")
+    if plan.learning_rate is not None:
+        ends = ""
+        if plan.learning_rate_low is not None and plan.learning_rate_high is not None:
+            ends = f"   ({plan.learning_rate_low:.3g} to {plan.learning_rate_high:.3g})"
+        row("learning rate", plan.learning_rate, f"{plan.learning_rate:.3g}{ends}")
+    row("warm-up", plan.warmup_steps, f"{plan.warmup_steps or 0:,} steps")
+    row("steps", plan.steps, f"{plan.steps or 0:,}   ({plan.samples or 0:,} {plan.unit})")
+    row("epochs", plan.epochs, f"{plan.epochs or 0:.3g}")
+    row("hours", plan.hours, readable(plan.hours or 0))
+    row("price", plan.price, readable(plan.price or 0))
+    console.print(table)
+    for name, lines in (("Why", found.reasons), ("Besides", found.remarks)):
+        if lines:
+            console.print(f"\n{name}", style="bold")
+        for line in lines:
+            console.print(f"- {line}", markup=False, soft_wrap=True)
+    if out is not None:
+        console.print(f"\nWritten: {out}", markup=False, soft_wrap=True)
