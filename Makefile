@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.ready
+READY := $(VENV)/.ready
+TOOLS := $(VENV)/.tools
 DOCS := $(VENV)/.docs
 # Set them to other requirements for other versions, for example TORCH=torch TRITON=triton.
 TORCH ?= torch==2.13.0
@@ -16,32 +17,38 @@ EMULATION := $(wildcard tests/cuda/*.h tests/cuda/*.cpp tests/cuda/device/*.h te
 help:  ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: $(STAMP)  ## make .venv and build the extension into it
+setup: $(TOOLS)  ## make .venv, build the extension into it, and add what tests and linters need
 
-$(STAMP): pyproject.toml setup.py $(CPP)
+$(READY): pyproject.toml setup.py $(CPP)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing torch and the build tools (once) ..."
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q "setuptools>=77" wheel pybind11 ninja numpy
 	@echo "Building gradstats (some minutes the first time) ..."
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test,lint]"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[demo]"
 	@$(BIN)/python -m pip install -q --no-deps "$(TRITON)" || echo "no triton here: going on without"
-	@touch $(STAMP)
+	@touch $(READY)
 
-demo: $(STAMP)  ## train a small network, measure its noise scale, recommend a batch size
+# What was built stays where it is: GRADSTATS_BUILD=none only adds the packages.
+$(TOOLS): $(READY)
+	@echo "Installing what the tests and linters need, Lightning, transformers and others among it ..."
+	GRADSTATS_BUILD=none $(BIN)/python -m pip install -q --no-build-isolation -e ".[test,lint]"
+	@touch $(TOOLS)
+
+demo: $(READY)  ## train a small network, measure its noise scale, recommend a batch size
 	$(BIN)/python -m gradstats demo $(ARGS)
 
-test: $(STAMP)  ## run the tests
+test: $(TOOLS)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(STAMP)  ## ruff, mypy and clang-format
+lint: $(TOOLS)  ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(CLANG_FORMAT) --dry-run --Werror $(CPP) $(EMULATION)
 
-bench: $(STAMP)  ## time the operations and whole training steps
+bench: $(TOOLS)  ## time the operations and whole training steps
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --benchmark-group-by=group
 	$(BIN)/python bench/step_overhead.py
 	$(BIN)/python bench/peak_memory.py
@@ -50,7 +57,7 @@ docs: $(DOCS)  ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "Open build/site/index.html"
 
-$(DOCS): $(STAMP)
+$(DOCS): $(READY)
 	GRADSTATS_BUILD=none $(BIN)/python -m pip install -q --no-build-isolation -e ".[docs]"
 	@touch $(DOCS)
 
