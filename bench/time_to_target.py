@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import checkout
-import numpy as np
 import torch
 from race_runs import Method, Outcome, followers, run, step_seconds
 from race_tasks import RACES, Race
 
 from gradstats.workbench.bench.timing import table
 from gradstats.workbench.saved import environment
+from gradstats.workbench.sweep.steps_to_target import fit_steps
 
 FIRST_RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the race's
 RATES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # times that of the next smaller batch
@@ -61,21 +61,6 @@ def tuned(race: Race, size: int, rates: list[float], seeds: range) -> float:
                 break
         best = min(best, (mean(taken)[0] if len(taken) == len(seeds) else math.inf, rate))
     return best[1]
-
-
-def theory(costs: dict[int, dict[str, float]]) -> dict[str, float]:
-    """S_min and E_min of S = S_min(1 + B_crit/B), fitted to log S, and how far the points lie off."""
-    points = [(b, c["steps"]) for b, c in costs.items() if math.isfinite(c["steps"])]
-    sizes, steps = (np.array(v, float) for v in zip(*points, strict=True))
-    grid = np.geomspace(sizes[0] / 10, sizes[-1] * 10, 2000)
-    logs = np.log(steps) - np.log1p(grid[:, None] / sizes)
-    errors = logs - logs.mean(1, keepdims=True)
-    best = int((errors**2).sum(1).argmin())
-    least, critical = float(np.exp(logs[best].mean())), float(grid[best])
-    product = (steps / least - 1) * (steps * sizes / (least * critical) - 1)
-    return {"steps_min": least, "samples_min": least * critical, "critical_batch": critical,
-            "product_median": float(np.median(product)),
-            "worst_relative": float(np.abs(np.expm1(errors[best])).max())}  # fmt: skip
 
 
 def measure(
@@ -113,12 +98,12 @@ def measure(
             **{cost: {"mean": m, "half_width": h} for cost, (m, h) in costs.items()},
             "runs": [asdict(o) for o in found],
         }  # fmt: skip
-    by_size = {size: {c: rows[m.name][c]["mean"] for c in COSTS} for size, m in fixed.items()}
+    steps = {size: rows[m.name]["steps"]["mean"] for size, m in fixed.items()}
     pairs = [(n, k) for o in outcomes["noise scale"] for n, k in zip(o.noise, o.known, strict=True)
              if math.isfinite(n) and math.isfinite(k)]  # fmt: skip
     return {
         "target": race.target, "base": race.base, "step_seconds": seconds, "methods": rows,
-        "noise_scale": noise, "theory": theory(by_size),
+        "noise_scale": noise, "theory": fit_steps(steps).to_dict(),
         "measured_over_known": statistics.median(n / k for n, k in pairs) if pairs else None,
     }  # fmt: skip
 

@@ -172,7 +172,7 @@ def _measure(
             loss = loss_fn(model, batch)
             found = torch.autograd.grad(loss, params, create_graph=graph, allow_unused=True)
         if graph:
-            _require_differentiable(found, names)
+            require_differentiable(found, names)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
 
     a, b = (gradient(batch, False) for batch in batches[:2])
@@ -189,7 +189,7 @@ def _measure(
     return Curvature(size, tr_h_sigma, g_h_g, true, tr_sigma, confidence)
 
 
-def _require_differentiable(grads: Sequence[Tensor | None], names: Sequence[str]) -> None:
+def require_differentiable(grads: Sequence[Tensor | None], names: Sequence[str]) -> None:
     """Autograd leaves out what it cannot differentiate, without a word, where no path leads through it."""
     todo: list[Any] = []
     for grad, name in zip(grads, names, strict=True):

@@ -391,6 +391,7 @@ EDGES = {
         "errors",
         "estimators",
         "fallback",
+        "hessian",
         "kept",
         "layouts",
         "loggers",

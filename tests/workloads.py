@@ -1,5 +1,8 @@
 """Small trainings that the commands are pointed at by the tests."""
 
+import os
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -52,3 +55,46 @@ def no_scalar():
 
 def wrong_optimizer():
     return nn.Linear(8, 1), nn.MSELoss(), regression(), lambda params: "sgd"
+
+
+def dropout():
+    """Everything that a trial that goes on has to put back: dropout, momentum, other random numbers."""
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Dropout(0.2), nn.Linear(12, 1))
+    return gradstats.Workload(
+        model,
+        lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
+        regression(256),
+        lambda params: torch.optim.SGD(params, 0.02, momentum=0.9),
+        validation=regression(64, seed=1),
+        batch_size=16,
+    )
+
+
+def dies():
+    """A trial of seed 1 ends its process the first time, where DIES names a file; then it trains."""
+    made = dropout()
+    mark = Path(os.environ["DIES"])
+    if torch.initial_seed() == 1 and not mark.exists():
+        mark.write_text("")
+        os._exit(7)
+    return made
+
+
+def fails():
+    """A trial of seed 1 fails, every time."""
+    made = dropout()
+    if torch.initial_seed() == 1:
+        made.loss = lambda batch: [][0]
+    return made
+
+
+def diverges():
+    made = dropout()
+    made.optimizer = torch.optim.SGD(made.model.parameters(), 1e6)
+    return made
+
+
+def normalised():
+    """Without per-sample gradients: BatchNorm."""
+    model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 1))
+    return model, nn.MSELoss(), regression(256), torch.optim.SGD(model.parameters(), 0.02)

@@ -9,6 +9,7 @@ COMMANDS = (
     "check",
     "measure",
     "vram",
+    "sweep",
     "critical",
     "bench",
     "report",

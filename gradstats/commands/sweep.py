@@ -1,0 +1,149 @@
+"""`gradstats sweep module:factory`."""
+
+# No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from gradstats.commands.running import INTERRUPTED, one_line, print_json
+
+
+def register(application: Any) -> None:
+    @application.command()
+    def sweep(
+        target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY")],
+        plans: Annotated[
+            str,
+            typer.Option(
+                help="Batch size x steps, as 16x2000,64x500,256x125 (64x500@0.1: its rate)."
+            ),
+        ],
+        seeds: Annotated[int, typer.Option(help="Trials of each plan.")] = 5,
+        learning_rate: Annotated[
+            Optional[float],  # noqa: UP045
+            typer.Option(help="Of the base plan. Default: the optimizer's."),
+        ] = None,
+        rule: Annotated[
+            str, typer.Option(help="Other plans' rates from it: same, linear, sqrt or noise.")
+        ] = "same",
+        base: Annotated[
+            Optional[str],  # noqa: UP045
+            typer.Option(
+                help="Plan that the rate suits. Default: that of the factory's batch size."
+            ),
+        ] = None,
+        noise_scale: Annotated[
+            Optional[float],  # noqa: UP045
+            typer.Option(
+                help="For --rule noise. Default: measured in the base plan's first trial."
+            ),
+        ] = None,
+        warm_up: Annotated[float, typer.Option(help="Share of the samples, 0 to 1.")] = 0.0,
+        decay: Annotated[str, typer.Option(help="Of the rate: none, cosine or linear.")] = "none",
+        looks: Annotated[int, typer.Option(help="Points of each curve.")] = 40,
+        evaluation: Annotated[
+            int, typer.Option(help="Samples that a loss is taken on, at most.")
+        ] = 2048,
+        micro_batch_size: Annotated[
+            Optional[int],  # noqa: UP045
+            typer.Option(help="Samples of one backward at most."),
+        ] = None,
+        sharpness: Annotated[
+            bool,
+            typer.Option("--sharpness", help="Of the minima: Keskar's, and the top eigenvalue."),
+        ] = False,
+        epsilon: Annotated[float, typer.Option(help="Of --sharpness.")] = 1e-3,
+        subspace: Annotated[
+            Optional[int],  # noqa: UP045
+            typer.Option(help="Dimensions: --sharpness in a random subspace too."),
+        ] = None,
+        variance: Annotated[
+            bool, typer.Option(help="Measure the gradient's variance against 1/B.")
+        ] = True,
+        precision: Annotated[float, typer.Option(help="Standard error of that variance.")] = 0.01,
+        target_loss: Annotated[
+            Optional[float],  # noqa: UP045
+            typer.Option(help="For steps to it. Default: the lowest that all reach."),
+        ] = None,
+        out: Annotated[
+            Path, typer.Option(help="Result file; trials are kept in a folder beside it.")
+        ] = Path("runs/sweep.json"),
+        picture: Annotated[
+            Optional[Path],  # noqa: UP045
+            typer.Option(help="Draw the result (PNG, SVG, PDF)."),
+        ] = None,
+        jobs: Annotated[int, typer.Option(help="Trials at a time, in processes.")] = 1,
+        threads: Annotated[
+            Optional[int],  # noqa: UP045
+            typer.Option(help="Of each trial. Default: the cores over --jobs."),
+        ] = None,
+        ray: Annotated[
+            Optional[str],  # noqa: UP045
+            typer.Option(help="Train on a Ray cluster: its address, or local.", metavar="ADDRESS"),
+        ] = None,
+        checkpoint_seconds: Annotated[
+            float, typer.Option(help="Between checkpoints of a trial.")
+        ] = 10.0,
+        as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    ) -> None:
+        """Many small steps or few large ones? Trains each plan from several seeds and compares them.
+
+        FACTORY is a function without arguments that returns (model, loss_fn, data), with an optimizer as
+        a fourth, or a gradstats.Workload. The same command goes on with a sweep that was interrupted or
+        killed. Exits with 0 where all trials ended, 1 where some diverged or failed, 2 where an argument
+        cannot be used, 130 after Ctrl-C.
+        """
+        with one_line():
+            from gradstats.commands import sweep_screen as screen
+            from gradstats.errors import InvalidArgumentError
+            from gradstats.workbench import saved
+            from gradstats.workbench import sweep as sweeps
+
+            if jobs < 1 or (jobs > 1 and ray is not None):
+                raise InvalidArgumentError(
+                    f"--jobs {jobs} must be at least 1, and goes without --ray, which has jobs of its own"
+                )
+            if subspace is not None and not sharpness:
+                raise InvalidArgumentError("--subspace belongs to --sharpness; add it")
+            settings = sweeps.Settings(
+                target,
+                sweeps.parse(plans),
+                seeds,
+                learning_rate,
+                rule,  # type: ignore[arg-type]
+                base,
+                noise_scale,
+                warm_up,
+                decay,  # type: ignore[arg-type]
+                looks,
+                evaluation,
+                micro_batch_size,
+                sweeps.Sharpness(epsilon, subspace) if sharpness else None,
+                variance,
+                precision,
+                target_loss,
+                threads,
+            )
+            if picture is not None:
+                screen.require_matplotlib()
+            with screen.Screen(settings) as report:
+                found = sweeps.sweep(
+                    settings,
+                    folder=out.with_name(f"{out.stem}.trials"),
+                    jobs=jobs,
+                    ray=ray,
+                    checkpoint_seconds=checkpoint_seconds,
+                    report=report,
+                )
+            saved.write(out, "sweep", found.to_dict())
+            if picture is not None:
+                from gradstats.workbench.sweep.picture import draw
+
+                draw(found.to_dict(), picture)
+            if as_json:
+                print_json({"kind": "gradstats sweep", "version": saved.VERSION, **found.to_dict()})
+            else:
+                screen.show(found, [out] if picture is None else [out, picture])
+            raise typer.Exit(INTERRUPTED if found.interrupted else int(bool(found.failed)))
