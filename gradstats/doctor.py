@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
+import re
 from importlib import metadata
 from typing import Any
 
@@ -14,13 +14,14 @@ import torch
 import gradstats
 from gradstats import backends
 from gradstats.errors import GradStatsError
+from gradstats.extras import extras
+from gradstats.machine import gigabytes, machine
 from gradstats.ops import SCHEMAS, ops
 from gradstats.terminal import console_and_table
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 OPERATIONS = tuple(SCHEMAS)
 DTYPE = torch.float32
-DEMO = {"typer": "typer", "rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 
 
 def examine() -> dict[str, Any]:
@@ -28,6 +29,7 @@ def examine() -> dict[str, Any]:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found = {name: _backend(name, devices) for name in NAMES}
     forced, error = _forced(found)
+    here = machine()
     chosen = {}
     if error is None:  # else the one error says it all
         chosen = {device: {op: _choice(op, device) for op in OPERATIONS} for device in devices}
@@ -42,6 +44,9 @@ def examine() -> dict[str, Any]:
         "backends": found,
         "chosen": chosen,
         "missing": _missing(devices),
+        "extras": [extra.to_dict() for extra in extras()],
+        "machine": here.to_dict(),
+        "limits": here.limits(),
     }
 
 
@@ -173,9 +178,6 @@ def _missing(devices: list[str]) -> list[dict[str, str]]:
         rows.append((f"C++ extension: {built}", build))
     if "cuda" in devices and not backends.triton_available()[0]:
         rows.append(("Triton kernels: triton is not installed", "pip install triton"))
-    absent = [name for m, name in DEMO.items() if importlib.util.find_spec(m) is None]
-    if absent:
-        rows.append((f"demo: no {', '.join(absent)}", "pip install 'gradstats[demo]'"))
     return [{"what": what, "fix": fix} for what, fix in rows]
 
 
@@ -211,12 +213,45 @@ def _show(report: dict[str, Any]) -> None:
             table.add_row(name, "\n".join(operations), why)
         console.print(table)
 
+    _show_machine(report, console)
+    table = make_table("extra", "installed", "to install it", title="Optional packages", **style)
+    for extra in report["extras"]:
+        packages = [f"{name} {version or 'none'}" for name, version in extra["installed"].items()]
+        old = [text for text in extra["unmet"] if extra["installed"][_name(text)] is not None]
+        packages += [f"too old or new: {text} is needed" for text in old]
+        fix = "" if extra["complete"] else extra["fix"].replace("[", "\\[")  # no markup
+        table.add_row(extra["name"], "\n".join(packages), fix)
+    if report["extras"]:
+        console.print(table)
+
     for row in report["missing"]:
         console.print(f"{row['what']}\n  to fix it: {row['fix']}", markup=False, soft_wrap=True)
     if report["error"]:
         console.print(f"error: {report['error']}", markup=False, soft_wrap=True)
     elif not report["missing"]:
         console.print("Everything that can work on this machine does.")
+
+
+def _show_machine(report: dict[str, Any], console: Any) -> None:
+    here = report["machine"]
+    facts = [
+        f"{here['usable_cores'] or here['cores']} cores, of which torch uses {here['threads']}"
+    ]
+    if here["memory_bytes"] is not None:
+        free = here["available_bytes"]
+        left = "" if free is None else f" ({gigabytes(free)} free)"
+        facts.append(f"{gigabytes(here['memory_limit'] or here['memory_bytes'])} memory{left}")
+    for gpu in here["gpus"]:
+        sizes = f"{gigabytes(gpu['total_bytes'])} ({gigabytes(gpu['free_bytes'])} free)"
+        facts.append(f"{gpu['name']} with {sizes}")
+    console.print(f"This machine: {'; '.join(facts)}", markup=False, soft_wrap=True)
+    for limit in report["limits"]:
+        console.print(f"  limit: {limit}", markup=False, soft_wrap=True)
+    console.print()
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[<>=!~]", requirement)[0]
 
 
 def _first_line(error: Exception) -> str:

@@ -10,9 +10,7 @@ from typing import Any
 
 __all__ = ["Gpu", "Machine", "available_bytes", "cpu_quota", "machine", "memory_limit"]
 
-CGROUPS = Path("/sys/fs/cgroup")
-MEMINFO = Path("/proc/meminfo")
-OWN_GROUP = Path("/proc/self/cgroup")
+ROOT = Path("/")
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,6 @@ def machine() -> Machine:
     import torch
 
     affinity = getattr(os, "sched_getaffinity", None)
-    memory = _meminfo()
-    limit = memory_limit()
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(index)
@@ -92,50 +88,52 @@ def machine() -> Machine:
         usable_cores=len(affinity(0)) if affinity else None,
         cpu_quota=cpu_quota(),
         threads=torch.get_num_threads(),
-        memory_bytes=memory.get("MemTotal") or _physical_bytes(),
+        memory_bytes=_meminfo(ROOT).get("MemTotal") or _physical_bytes(),
         available_bytes=available_bytes(),
-        memory_limit=limit,
+        memory_limit=memory_limit(),
         gpus=tuple(gpus),
     )
 
 
-def available_bytes() -> int | None:
-    """Memory that this process can still have without swapping, within its container's limit."""
-    free = _meminfo().get("MemAvailable")
-    for folder in _groups("memory"):
-        most = _number(folder / "memory.max") or _number(folder / "memory.limit_in_bytes")
-        used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes")
-        if most is None or used is None:
-            continue
-        cache = (
-            _field(folder / "memory.stat", "inactive_file") or 0
-        )  # given up when memory is short
-        left = max(most - used + cache, 0)
-        free = left if free is None else min(free, left)
-    return free
+def available_bytes(root: Path = ROOT) -> int | None:
+    """Memory that processes can still take without swapping, in bytes; None where the system does not say.
+
+    The kernel's MemAvailable, or less where a control group (a container, version 1 or 2) this process is
+    in, or one above it, may take less; pages of files that can be dropped count as free. `root`: where
+    /proc and /sys are.
+    """
+    free = _meminfo(root).get("MemAvailable")
+    if free is None:
+        return None
+    for group in _groups("memory", root):
+        most = _number(group / "memory.max", group / "memory.limit_in_bytes")
+        if most is not None:
+            used = _number(group / "memory.current", group / "memory.usage_in_bytes") or 0
+            stat = _table(group / "memory.stat")
+            droppable = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+            free = min(free, most - used + droppable)
+    return max(free, 0)
 
 
-def memory_limit() -> int | None:
-    """The least limit of the control groups that this process is in; None where there is none."""
-    total = _meminfo().get("MemTotal", math.inf)
+def memory_limit(root: Path = ROOT) -> int | None:
+    """The least limit of the control groups that this process is in, where it is below the machine's."""
+    total = _meminfo(root).get("MemTotal", math.inf)
     found = [
-        _number(folder / name)
-        for folder in _groups("memory")
-        for name in ("memory.max", "memory.limit_in_bytes")
+        _number(group / "memory.max", group / "memory.limit_in_bytes")
+        for group in _groups("memory", root)
     ]
-    limits = [n for n in found if n is not None and n < total]
-    return min(limits, default=None)
+    return min((n for n in found if n is not None and n < total), default=None)
 
 
-def cpu_quota() -> float | None:
+def cpu_quota(root: Path = ROOT) -> float | None:
     """Seconds of processor time that the control groups allow in a second; None where there is no quota."""
     quotas = []
-    for folder in _groups("cpu"):
-        text = _text(folder / "cpu.max").split()
-        if len(text) == 2 and text[0].isdigit():
-            quotas.append(int(text[0]) / int(text[1]))
-        quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
-        if quota is not None and quota > 0 and period:
+    for group in _groups("cpu", root):
+        parts = _text(group / "cpu.max").split()
+        if len(parts) == 2 and parts[0].isdigit():
+            quotas.append(int(parts[0]) / int(parts[1]))
+        quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
+        if quota and period:  # −1, which is no number here: none
             quotas.append(quota / period)
     return min(quotas, default=None)
 
@@ -145,26 +143,23 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.3g} GB"
 
 
-def _groups(controller: str) -> list[Path]:
-    """Folders of the control groups this process is in, with those above them (both versions)."""
-    found = [CGROUPS, CGROUPS / controller]
-    for line in _text(OWN_GROUP).splitlines():
-        _, names, path = [*line.split(":", 2), "", ""][:3]
-        if names and controller not in names.split(","):
+def _groups(controller: str, root: Path) -> list[Path]:
+    """Folders of the control groups that this process is in, and of those above them."""
+    found: list[Path] = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, kinds, path = line.split(":", 2)
+        if kinds and controller not in kinds.split(","):
             continue
-        place = CGROUPS / controller if names else CGROUPS
-        for part in Path(path.lstrip("/")).parts:
-            if part == "..":  # a group outside of this container's view
-                break
-            place = place / part
-            found.append(place)
-    return [folder for folder in dict.fromkeys(found) if folder.is_dir()]
+        top = root / "sys/fs/cgroup" / (controller if kinds else "")
+        # Within a container the path is often the host's, which is not there: its own is then the top.
+        group = top / path.strip("/")
+        found += [group, *(p for p in group.parents if p.is_relative_to(top))]
+    return list(dict.fromkeys(found))
 
 
-def _meminfo() -> dict[str, int]:
+def _meminfo(root: Path) -> dict[str, int]:
     """Bytes by name; empty where the system has no such file."""
-    rows = (line.split() for line in _text(MEMINFO).splitlines())
-    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if len(row) == 3}
+    return {name: 1024 * size for name, size in _table(root / "proc/meminfo").items()}
 
 
 def _physical_bytes() -> int | None:
@@ -174,14 +169,16 @@ def _physical_bytes() -> int | None:
         return None
 
 
-def _field(path: Path, name: str) -> int | None:
-    rows = (line.split() for line in _text(path).splitlines())
-    return next((int(row[1]) for row in rows if len(row) == 2 and row[0] == name), None)
+def _table(path: Path) -> dict[str, int]:
+    """Names with a number each, on a line each."""
+    rows = (line.replace(":", " ").split() for line in _text(path).splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
-def _number(path: Path) -> int | None:
-    text = _text(path).strip()
-    return int(text) if text.lstrip("-").isdigit() else None
+def _number(*paths: Path) -> int | None:
+    """That of the first file that holds one ("max" and −1 are none)."""
+    texts = (_text(path).strip() for path in paths)
+    return next((int(text) for text in texts if text.isdigit()), None)
 
 
 def _text(path: Path) -> str:

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from gradstats import backends, doctor
 from gradstats.cli import main
+from gradstats.extras import extras
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,6 +59,43 @@ def test_doctor_speaks_to_people(run):
     assert (code, err) == (0, "")
     for word in ("torch", "Backends", "reference", "triton", "multi_sq_norm"):
         assert word in out
+
+
+def test_doctor_says_what_limits_the_machine_and_which_extras_are_there(run, monkeypatch):
+    _, out, _ = run("doctor", "--json")
+    report = json.loads(out)
+    assert report["machine"]["threads"] == torch.get_num_threads()
+    assert {"cli", "demo"} <= {extra["name"] for extra in report["extras"]}
+    assert not {"test", "lint"} & {extra["name"] for extra in report["extras"]}
+    _, out, _ = run("doctor")
+    assert "This machine: " in out
+    assert "rich" in out
+
+
+REQUIRED = [
+    "torch>=2.9", 'rich>=1; extra == "cli"', 'gradstats[cli]; extra == "all"', 'rich>=999; extra == "new"',
+    'no-such-package>=2; extra == "all"', 'winonly; sys_platform == "win95" and extra == "all"',
+    'pytest>=8; extra == "test"',
+]  # fmt: skip
+
+
+def test_extras_are_read_from_the_metadata():
+    cli, every, new = extras(REQUIRED)
+    assert (cli.name, cli.unmet) == ("cli", ())
+    assert cli.installed["rich"]
+    assert every.installed.keys() == {"rich", "no-such-package"}
+    assert every.unmet == ("no-such-package>=2",)
+    assert every.fix == "pip install 'gradstats[all]'"
+    assert (new.unmet, new.to_dict()["complete"]) == (("rich>=999",), False)
+
+
+def test_doctor_names_the_line_that_installs_an_extra(run, monkeypatch):
+    monkeypatch.setattr(doctor, "extras", lambda: extras(REQUIRED))
+    monkeypatch.setenv("COLUMNS", "160")
+    _, out, _ = run("doctor")
+    assert "pip install 'gradstats[all]'" in out
+    assert "no-such-package none" in out
+    assert "too old or new: rich>=999 is needed" in out
 
 
 def test_doctor_names_the_line_that_builds_the_extension(run, monkeypatch):

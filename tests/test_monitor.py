@@ -381,6 +381,7 @@ EDGES = {
         "stats",
     },
     "machine": set(),
+    "extras": {"errors"},
     "terminal": {"errors", "words"},
     "workbench": {
         "advice",

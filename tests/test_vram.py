@@ -19,7 +19,7 @@ from gradstats.workbench.vram import (
     parse_bytes,
     search,
 )
-from gradstats.workbench.vram.limits import available_bytes, memory_of, ran_out
+from gradstats.workbench.vram.limits import memory_of, ran_out
 from gradstats.workbench.vram.line import crossing, fit, spilled
 from gradstats.workbench.vram.process import Told, _died
 
@@ -186,26 +186,6 @@ def test_bad_arguments(options, words) -> None:
 
 
 # --- limits -----------------------------------------------------------------------------------
-
-
-def test_available_memory_respects_control_groups(tmp_path) -> None:
-    def write(path, text):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-
-    write("proc/meminfo", "MemTotal:  9000 kB\nMemAvailable:    8000 kB\n")
-    assert available_bytes(tmp_path) == 8000 * 1024
-    write("proc/self/cgroup", "0::/a/b\n")
-    write("sys/fs/cgroup/a/b/memory.max", "max\n")
-    assert available_bytes(tmp_path) == 8000 * 1024
-    write("sys/fs/cgroup/a/memory.max", "3000000\n")  # of the group above
-    write("sys/fs/cgroup/a/memory.current", "1000000\n")
-    write("sys/fs/cgroup/a/memory.stat", "anon 5\ninactive_file 200000\n")
-    assert available_bytes(tmp_path) == 2_200_000
-    write("proc/self/cgroup", "4:cpu,memory:/elsewhere\n0::/\n")  # version 1, the path of the host
-    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "500000\n")
-    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "400000\n")
-    assert available_bytes(tmp_path) == 100_000
 
 
 def test_errors_for_want_of_memory_are_told_from_others() -> None:

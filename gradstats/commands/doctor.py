@@ -14,9 +14,10 @@ def register(application: Any) -> None:
     def doctor(
         as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     ) -> None:
-        """Which backends can run here, which are used and why, and how to get those missing.
+        """Backends and why they are used, what limits this machine, optional packages; how to get more.
 
-        Exits with 1 where the backend named by GRADSTATS_BACKEND cannot run.
+        Exits with 0 where all that was asked for works, 1 where the backend named by GRADSTATS_BACKEND
+        cannot run, 2 where an argument cannot be used, 130 after Ctrl-C.
         """
         with one_line():
             from gradstats import doctor as doctor_module

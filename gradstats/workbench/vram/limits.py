@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from gradstats.errors import GradStatsError
+from gradstats.machine import available_bytes
 
-__all__ = ["CpuMemory", "CudaMemory", "available_bytes", "memory_of", "ran_out"]
+__all__ = ["CpuMemory", "CudaMemory", "memory_of", "ran_out"]
 
 # What allocators, oneDNN and OpenMP say where memory (or the address space for a thread's stack) is short.
 SHORT = (
@@ -70,7 +71,7 @@ class CpuMemory:
     def total(self) -> int:
         """What this process may have: its share of what is available, and what it has already."""
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun says it
-        return available_bytes() // ranks + _status("VmRSS")
+        return (available_bytes() or 0) // ranks + _status("VmRSS")
 
     def hold(self, limit: int) -> None:
         """Have allocations beyond the limit fail from here on."""
@@ -138,49 +139,6 @@ class CudaMemory:
 
     def wait(self) -> None:
         torch.cuda.synchronize(self.device)
-
-
-def available_bytes(root: Path = Path("/")) -> int:
-    """Memory that processes can still take on this machine without swapping, in bytes.
-
-    The kernel's MemAvailable, or less where a control group (a container, version 1 or 2) this process is
-    in, or one above it, may take less; pages of files that can be dropped count as free.
-    `root`: where /proc and /sys are.
-    """
-    lines = (root / "proc/meminfo").read_text().splitlines()
-    known = dict(line.split(":", 1) for line in lines if ":" in line)
-    free = int(known["MemAvailable"].split()[0]) * 1024
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, kinds, path = line.split(":", 2)
-        if kinds == "":
-            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in kinds.split(","):
-            top = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        group = top / path.strip("/")
-        # Within a container the path is often the host's, which is not there: its own is then the top.
-        for place in [group, *group.parents]:
-            free = min(free, _left(place, *names))
-            if place == top:
-                break
-    return max(free, 0)
-
-
-def _left(place: Path, limit: str, used: str, droppable: str) -> int:
-    most = _text(place / limit).strip()
-    if not most.isdigit():  # "max", or no such group
-        return sys.maxsize
-    stat = dict(line.split() for line in _text(place / "memory.stat").splitlines())
-    return int(most) - int(_text(place / used) or 0) + int(stat.get(droppable, 0))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def _status(name: str) -> int:
