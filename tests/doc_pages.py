@@ -275,6 +275,45 @@ def noise(names: Names, out: Out) -> Iterator[None]:
     assert "the best learning rate of plain SGD is" in out()
 
 
+def integrations(names: Names, out: Out) -> Iterator[None]:
+    for library in ("lightning", "transformers", "accelerate", "tensorboard", "wandb", "mlflow"):
+        names[library] = pytest.importorskip(library)
+    pytest.importorskip("prometheus_client")
+    import test_lightning
+    import test_transformers
+
+    names["lightning"] = names["lightning"].pytorch
+    names["module"], names["gpt2"] = test_lightning.Module(), test_transformers.gpt2()
+    names["texts"], small = test_transformers.texts(), names["loader"]
+    names["loader"] = test_lightning.loader()
+    names["arguments"] = names["transformers"].TrainingArguments(
+        "runs", max_steps=3, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    yield  # Lightning
+    assert names["callback"].monitor.noise_scale().num_steps == 12
+    names["lightning_callback"] = names["GradStatsCallback"]
+    yield  # transformers
+    assert names["callback"].monitor.noise_scale().num_steps == 3
+    names["accelerator"] = names["accelerate"].Accelerator(cpu=True, gradient_accumulation_steps=2)
+    names["loader"] = small
+    yield  # Accelerate
+    assert names["watch"].monitor.noise_scale().num_steps == 20
+    yield  # a schedule
+    names["model"] = nn.Linear(6, 3)
+    names["optimizer"] = torch.optim.SGD(names["model"].parameters(), 0.02)
+    attached(names)
+    yield  # TensorBoard
+    assert list(Path("runs/tensorboard").glob("events.*"))
+    yield  # Weights & Biases
+    names["run"].finish()
+    yield  # MLflow
+    names["mlflow"].end_run()
+    names["mlflow"].set_tracking_uri("")
+    out()
+    yield  # Prometheus
+    assert out().startswith("http://127.0.0.1:")
+
+
 PRELUDES: dict[str, Callable[[Names, Out], Iterator[None]]] = {
     "README.md": readme,
     "docs/commands/critical.md": critical,
@@ -282,6 +321,7 @@ PRELUDES: dict[str, Callable[[Names, Out], Iterator[None]]] = {
     "docs/commands/report.md": report,
     "docs/how_it_works.md": how_it_works,
     "docs/index.md": index,
+    "docs/integrations.md": integrations,
     "docs/measured.md": measured,
     "docs/reading.md": reading,
     "docs/recipes.md": recipes,
