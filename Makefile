@@ -8,6 +8,8 @@ DOCS := $(VENV)/.docs
 # Set them to other requirements for other versions, for example TORCH=torch TRITON=triton.
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
+# Processes that run tests side by side.
+JOBS ?= 2
 CLANG_FORMAT := $(BIN)/clang-format
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.cpp csrc/cuda/hopper/*.cuh)
 EMULATION := $(wildcard tests/cuda/*.h tests/cuda/*.cpp tests/cuda/device/*.h tests/cuda/device/*.cpp tests/cuda/device/hopper/*.cuh)
@@ -40,7 +42,7 @@ demo: $(READY)  ## train a small network, measure its noise scale, recommend a b
 	$(BIN)/python -m gradstats demo $(ARGS)
 
 test: $(TOOLS)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(TOOLS)  ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
