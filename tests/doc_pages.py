@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,6 +192,16 @@ def report(names: Names, out: Out) -> Iterator[None]:
     assert "<svg" in Path("report.html").read_text("utf-8")
 
 
+def bench(names: Names, out: Out) -> Iterator[None]:
+    yield  # a step
+    assert "gradstats norms" in out()
+    yield  # a fixture
+    kinds: list[str] = []
+    cheap = SimpleNamespace(ratio=lambda kind: kinds.append(kind) or SimpleNamespace(median=1.0))
+    names["test_statistics_are_cheap"](lambda model, loss_fn, batch: cheap)
+    assert names["found"].ratio(*kinds)  # of a kind that there is
+
+
 def measured(names: Names, out: Out) -> Iterator[None]:
     names["batch"] = names["loader"][0]
     names["loss_fn"] = lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1])
@@ -316,6 +327,7 @@ def integrations(names: Names, out: Out) -> Iterator[None]:
 
 PRELUDES: dict[str, Callable[[Names, Out], Iterator[None]]] = {
     "README.md": readme,
+    "docs/commands/bench.md": bench,
     "docs/commands/critical.md": critical,
     "docs/commands/index.md": commands,
     "docs/commands/report.md": report,
