@@ -98,7 +98,7 @@ def test_the_batch_size_changes_and_the_learning_rate_with_it() -> None:
     for one, other in zip(training.plain.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(one, other)
     assert training.accelerator.gradient_accumulation_steps == 3
-    assert [(c.step, c.batch_size) for c in training.watch.follower.changes] == [(3, 24)]
+    assert [(c.step, c.batch_size) for c in training.watch.run.follower.changes] == [(3, 24)]
 
 
 def test_a_resumed_run_goes_on_as_the_whole_one(tmp_path) -> None:
@@ -119,13 +119,13 @@ def test_a_resumed_run_goes_on_as_the_whole_one(tmp_path) -> None:
 
 def test_trackers_get_the_numbers() -> None:
     tracker = Kept()
-    training = Training(1, tracker, log_every=3, prefix="noise/")
+    training = Training(1, tracker, log_every=5, prefix="noise/")
     training.run()
-    assert [step for step, _ in tracker.seen] == [1, 3, 6, 9, 12]
+    training.watch.close()
+    assert [step for step, _ in tracker.seen] == [1, 5, 10, 12]
     noise = training.watch.monitor.noise_scale()
     assert tracker.seen[-1][1]["noise/tr_sigma"] == noise.tr_sigma
     assert json.dumps(tracker.seen, allow_nan=False)
-    training.watch.close()
     assert not hasattr(training.plain, "_gradstats_entry")
 
 

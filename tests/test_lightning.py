@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import gradstats
+import gradstats.order
 from gradstats.errors import GradStatsError, InvalidArgumentError
 from gradstats.integrations.schedule import Schedule
 from gradstats.schedulers import milestones
@@ -98,6 +99,7 @@ def test_the_batch_size_changes_and_the_learning_rate_with_it(tmp_path) -> None:
     for one, other in zip(module.net.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(one, other)
     assert trainer.accumulate_grad_batches == 3
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.05] * 3 + [0.075] * 2)
     assert [(c.step, c.batch_size) for c in callback.run.follower.changes] == [(3, 24)]
     # 96 samples are 6 steps of 16, though there were 5 steps.
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 6
@@ -130,13 +132,29 @@ def test_a_resumed_run_goes_on_as_the_whole_one(tmp_path, stop) -> None:
     assert found["schedule"] == wanted["schedule"]
 
 
+def test_batches_that_training_step_leaves_out(tmp_path) -> None:
+    """The last one of step 2, both of step 3, and the first of step 4."""
+
+    class Choosy(Module):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx in (3, 4, 5, 6) else super().training_step(batch, batch_idx)
+
+    rows = []
+    callback = GradStatsCallback(sinks=[rows_of(rows)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", gradstats.order.MissingStepWarning)
+        fit(Choosy(), callback, tmp_path, accumulate_grad_batches=2)
+    assert [row["batch_size"] for row in rows] == [16, 8, 8, 16, 16]
+    assert callback.monitor.noise_scale().num_samples == 64
+
+
 def test_loggers_get_the_numbers(tmp_path) -> None:
     logger = CSVLogger(tmp_path)
-    callback = GradStatsCallback(log_every=3, prefix="noise/", layers=True)
+    callback = GradStatsCallback(log_every=5, prefix="noise/", layers=True)
     trainer = fit(Module(), callback, tmp_path, logger=logger)
     with open(f"{logger.log_dir}/metrics.csv") as file:
         table = [row for row in csv.DictReader(file) if row["noise/tr_sigma"]]
-    assert [row["step"] for row in table] == ["1", "3", "6", "9", "12"]
+    assert [row["step"] for row in table] == ["1", "5", "10", "12"]
     noise = callback.monitor.noise_scale()
     assert float(table[-1]["noise/noise_scale"]) == pytest.approx(noise.value)
     assert "noise/layer_share/net.0.weight" in table[0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradstats.integrations.extra import library
 from gradstats.integrations.metrics import PREFIX, metrics
 from gradstats.integrations.run import Run, Settings
-from gradstats.integrations.schedule import Accumulation, Follower, Schedule, micro_batch_size
+from gradstats.integrations.schedule import Accumulation, Schedule, micro_batch_size
 from gradstats.loggers import Sink
 from gradstats.monitor import Monitor
 from gradstats.stats import GradStats
@@ -68,7 +68,7 @@ class Watch:
     ) -> None:
         self._accelerator = accelerator
         inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        self._run = Run(
+        self.run = Run(
             model,
             inner,
             Settings(log_every, layers, prefix, sinks, schedule, options),
@@ -88,12 +88,7 @@ class Watch:
     @property
     def monitor(self) -> Monitor:
         """The monitor."""
-        return self._run.monitor
-
-    @property
-    def follower(self) -> Follower | None:
-        """What carries the schedule out, with its `changes`."""
-        return self._run.follower
+        return self.run.monitor
 
     def step(self, loss: Tensor | None = None) -> GradStats | None:
         """After every `accelerator.backward`; the record where that completed an optimizer step.
@@ -105,29 +100,33 @@ class Watch:
             self._losses.append(loss.detach())
         if not self._accelerator.sync_gradients:
             return None
-        stats = self._run.measure()
-        self._run.row(**({"loss": torch.stack(self._losses).mean()} if self._losses else {}))
+        stats = self.run.measure()
+        self.run.row(**({"loss": torch.stack(self._losses).mean()} if self._losses else {}))
         self._losses, self._batches, self._backwards = [], self._backwards, 0
         return stats
 
     def _after_step(self, *_: object) -> None:
         # In the optimizer's step and not before it, so that this step keeps the present learning rate.
-        self.extra_steps = self._run.follow(self._batches, self._accelerator.step)
+        self.extra_steps = self.run.follow(self._batches, self._accelerator.step)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers; `accelerator.save_state` asks for them."""
-        return self._run.state_dict()
+        return self.run.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; called by `accelerator.load_state`."""
-        self._run.load_state_dict(state)
-        if self._run.follower is not None:
-            self._run.follower.settle(self._accelerator.step)
+        self.run.load_state_dict(state)
+        if self.run.follower is not None:
+            self.run.follower.settle(self._accelerator.step)
 
     def close(self) -> None:
-        """Leave model and optimizer as they were. What was measured can still be read."""
+        """Give the trackers the last row, and leave model and optimizer as they were.
+
+        Call it before `accelerator.end_training()`. What was measured can still be read.
+        """
+        self.run.log.flush()
         self._hook.remove()
-        self._run.close()
+        self.run.close()
 
 
 def _accumulation(accelerator: Any, schedule: Schedule) -> Accumulation:

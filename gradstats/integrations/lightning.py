@@ -61,6 +61,7 @@ class GradStatsCallback(Callback):  # type: ignore[misc]
         self._kept: dict[str, Any] | None = None
         self._open = 0  # backwards since the last step
         self._losses: list[Tensor] = []  # of those
+        self._measured = False  # this step
         self._last = self._closes = False  # whether this batch ends the epoch; ends a step
 
     @property
@@ -91,7 +92,10 @@ class GradStatsCallback(Callback):  # type: ignore[misc]
         )
         if self._kept is not None:
             self._run.load_state_dict(self._kept)
-        self._open, self._losses = 0, []
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._open, self._losses, self._measured = 0, [], False
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -106,7 +110,15 @@ class GradStatsCallback(Callback):  # type: ignore[misc]
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         self._open += 1
         if self._closes:
-            self.run.measure()
+            self._measure()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self._open and not self._measured:  # the step's last training_step returned None
+            self._measure()
+
+    def _measure(self) -> None:
+        self.run.measure()
+        self._measured = True
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -114,18 +126,19 @@ class GradStatsCallback(Callback):  # type: ignore[misc]
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):  # divided by accumulate_grad_batches
             self._losses.append(loss.detach() * trainer.accumulate_grad_batches)
-        if not self._closes or not self._open:
+        if not self._measured:
             return
         numbers = {"loss": torch.stack(self._losses).mean()} if self._losses else {}
         self.run.row(**numbers)
         extra = self.run.follow(self._open, 0 if self._last else batch_idx + 1)
-        self._open, self._losses = 0, []
+        self._begin_step()
         for config in trainer.lr_scheduler_configs if extra else ():
             if config.interval == "step" and not config.reduce_on_plateau:
                 for _ in range(extra):
                     pl_module.lr_scheduler_step(config.scheduler, None)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.run.log.flush()
         self._leave()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -145,7 +158,7 @@ class GradStatsCallback(Callback):  # type: ignore[misc]
     # ---- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._run is None else self._run.state_dict()
+        return (self._kept or {}) if self._run is None else self._run.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._kept = state_dict or None

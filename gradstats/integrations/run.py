@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradstats.errors import InvalidArgumentError
 from gradstats.integrations.metrics import PREFIX
 from gradstats.integrations.schedule import Accumulation, Follower, Schedule
 from gradstats.loggers import Log, Sink
@@ -80,7 +81,12 @@ class Run:
         return self.stats
 
     def row(self, **numbers: float | Tensor) -> None:
-        """Count the step that was measured, and give the trackers a row where one is due."""
+        """Count the step that was measured, and give the trackers a row where one is due.
+
+        `numbers`: its loss. Its learning rate is the scaled one, where a schedule scales it.
+        """
+        if self.follower is not None and self.follower.scaling is not None:
+            numbers["learning_rate"] = self.follower.scaling.learning_rates()[0]
         self.log.step(self.stats, **numbers)
         self.stats = None
 
@@ -98,7 +104,12 @@ class Run:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`."""
+        """Go on from `state_dict()`. Raises InvalidArgumentError where it is of another kind."""
+        if state.get("version") != 1:
+            raise InvalidArgumentError(
+                f"the checkpoint's state of gradstats is of version {state.get('version')!r}, and this "
+                "gradstats reads version 1; go on with the version that wrote it"
+            )
         self.monitor.load_state_dict(state["monitor"])
         self.log.load_state_dict(state["log"])
         if self.follower is not None and state["schedule"] is not None:

@@ -161,6 +161,10 @@ class GradStatsCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             for _ in range(extra):
                 schedule.step()
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_training_stop or state.epoch >= state.num_train_epochs:
+            self.run.log.flush()  # now, for reporters close before on_train_end is called here
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         type(self)._asked = None
 
