@@ -85,6 +85,14 @@ def test_the_memory_cap_splits_the_batch(tmp_path) -> None:
     assert facts["Batch size"].value == f"32 → {micro * pieces:,}"
 
 
+def test_a_measurement_and_its_own_log_count_once(tmp_path) -> None:
+    path = files.log(tmp_path / "measure.jsonl")
+    found = made(path, files.result(tmp_path, "measure"))
+    (trade,) = (section for section in found.sections if section.id == "trade")
+    assert len([part for part in trade.parts if isinstance(part, Figure)]) == 1
+    assert not found.verdict.headline.startswith("By ")
+
+
 def test_the_strongest_evidence_comes_first(everything) -> None:
     log, _, measure, *_ = everything
     assert made(*everything).verdict.headline == (
@@ -92,7 +100,7 @@ def test_the_strongest_evidence_comes_first(everything) -> None:
     )
     verdict = made(log, measure).verdict
     assert verdict.headline == (
-        "By measure: change the batch size from 32 to 256 and the learning rate to 0.11: 81% fewer "
+        "Change the batch size from 32 to 256 and the learning rate to 0.11: 81% fewer "
         "steps, 52% more samples, 60% less time to the same loss."
     )
 
@@ -401,6 +409,26 @@ def test_command_with_bad_input(run, tmp_path, monkeypatch) -> None:
     assert (code, out.read_text()) == (2, "before")
     assert "cannot be written (No space left on device)" in err
     assert {p.name for p in tmp_path.iterdir()} == {"run.jsonl", "sweep.json", "r.html"}
+
+
+def test_command_interrupted(run, tmp_path, monkeypatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    path, out = files.log(tmp_path / "run.jsonl"), tmp_path / "r.html"
+    monkeypatch.setattr("os.fsync", interrupted)
+    code, _, err = run(path, "--out", out)
+    assert (code, err) == (130, "interrupted\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["run.jsonl"]
+
+
+def test_command_says_how_far_it_is_with_much_to_read(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("gradstats.commands.report.LARGE", 1e3)
+    path, out = files.log(tmp_path / "run.jsonl"), tmp_path / "r.html"
+    code, said, err = run(path, "--out", out, "--json")
+    assert code == 0
+    assert err == f"report: 0%, reading {path}\n"
+    assert json.loads(said)["out"] == str(out)
 
 
 def test_command_without_jinja2(run, tmp_path, monkeypatch) -> None:

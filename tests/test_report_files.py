@@ -27,6 +27,8 @@ def test_names_are_as_long_as_they_must_be(tmp_path) -> None:
         (tmp_path / folder).mkdir()
     paths = [files.log(tmp_path / folder / "run.jsonl") for folder in ("a", "b")]
     assert [given.name for given in report.read(paths)] == ["a/run", "b/run"]
+    paths = [files.log(tmp_path / "measure.jsonl"), files.result(tmp_path, "measure")]
+    assert [given.name for given in report.read(paths)] == ["measure.jsonl", "measure.json"]
 
 
 def test_corrupt_lines_are_counted(tmp_path) -> None:

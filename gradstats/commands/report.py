@@ -2,12 +2,16 @@
 
 # No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
+from gradstats.commands.progress import Progress
 from gradstats.commands.running import one_line, print_json
+
+LARGE = 20e6  # bytes of input, from which on it takes some seconds
 
 
 def register(application: Any) -> None:
@@ -40,8 +44,12 @@ def register(application: Any) -> None:
                     f"--out {out} is one of the files that are read; name another"
                 )
             saved.require_writable(out)
-            made = reports.build(reports.read(files), title=title)
-            page = reports.render(made)
+            large = sum(file.stat().st_size for file in files if file.is_file()) > LARGE
+            with Progress("report") if large else nullcontext(lambda what, done: None) as progress:
+                found = reports.read(files, progress)
+                progress("drawing", 1.0)
+                made = reports.build(found, title=title)
+                page = reports.render(made)
             saved.write_text(out, page)
             if as_json:
                 print_json(made.to_dict() | {"out": str(out), "bytes": len(page.encode())})

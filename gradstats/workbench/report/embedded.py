@@ -33,8 +33,16 @@ class Part:
 
 
 def embed(inputs: Sequence[Input]) -> list[Part]:
-    """Each file's content, long lists thinned evenly until all fit the budget."""
-    return [_part(given, BUDGET // len(inputs)) for given in inputs]
+    """Each file's content, long lists thinned evenly until all fit the budget.
+
+    What results leave of their shares is for the logs, which come last here.
+    """
+    order = sorted(range(len(inputs)), key=lambda i: inputs[i].kind == "log")
+    parts, left = {}, BUDGET
+    for done, i in enumerate(order):
+        parts[i] = _part(inputs[i], left // (len(inputs) - done))
+        left -= len(parts[i].json)
+    return [parts[i] for i in range(len(inputs))]
 
 
 def in_script(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -95,8 +95,10 @@ def objects(value: Any) -> list[dict[str, Any]]:
     return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
 
 
-def read(paths: Sequence[Path]) -> list[Input]:
-    """Read logs and result files.
+def read(
+    paths: Sequence[Path], progress: Callable[[str, float], object] = lambda what, done: None
+) -> list[Input]:
+    """Read logs and result files; `progress` is called with a text and the part done, from 0 to 1.
 
     Raises InvalidArgumentError, which names the file, where one cannot be read, is empty, was cut
     short, is given twice, or is neither a log nor a result of gradstats.
@@ -108,15 +110,20 @@ def read(paths: Sequence[Path]) -> list[Input]:
     twice = {path for path in paths if list(paths).count(path) > 1}
     if twice:
         raise InvalidArgumentError(f"{min(twice)} was given twice; name each file once")
-    return [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    found = []
+    for i, (path, name) in enumerate(zip(paths, _names(paths), strict=True)):
+        progress(f"reading {path}", i / len(paths))
+        found.append(_read(path, name))
+    return found
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """File names without suffix, with as many folders before them as tell them apart."""
+    """File names, without suffix or folders where these are not needed to tell them apart."""
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.with_suffix("").parts[-depth:]) for path in paths]
-        if len(set(names)) == len(paths):
-            return names
+        for shown in ([path.with_suffix("") for path in paths], paths):
+            names = ["/".join(path.parts[-depth:]) for path in shown]
+            if len(set(names)) == len(paths):
+                return names
     return [str(path) for path in paths]
 
 

@@ -82,9 +82,11 @@ def build(inputs: Sequence[Input], *, title: str | None = None) -> Report:
     trainings = runs_of(inputs)
     measured = [given for given in inputs if given.kind == "measure"]
     bases = [_guarded(given, basis_of_measure) for given in measured]
-    known = {basis.name for basis in bases if basis}
-    bases += [basis_of_run(run, cap) for run in trainings if run.name not in known]
     found = [basis for basis in bases if basis is not None]
+    # The log of a measurement says the same again.
+    known = {(basis.noise.value, basis.present) for basis in found}
+    of_logs = [basis_of_run(run, cap) for run in trainings]
+    found += [b for b in of_logs if b is not None and (b.noise.value, b.present) not in known]
     sections = [*_of_runs(trainings, found, measured, cap)]
     for kind, make in OF_RESULTS.items():
         same = [given for given in inputs if given.kind == kind]
