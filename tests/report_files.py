@@ -389,26 +389,42 @@ def advise():
 
 def bench():
     op = {
-        "name": "linear_stats",
+        "op": "linear",
+        "shape": "T=1",
+        "variant": "norms",
+        "name": "linear T=1 norms",
         "backend": "cpu",
+        "threads": 2,
         "seconds": 3.1e-4,
+        "reference": "torch",
         "reference_seconds": 3.0e-4,
         "ratio": 1.03,
+        "ratio_low": 1.01,
+        "ratio_high": 1.06,
         "bytes_per_second": 1e10,
         "flops_per_second": 9e10,
         "of_ceiling": 0.81,
-        "limit": "matrix rate",
+        "limit": "matrix",
     }
+    torch = {"variant": "torch", "name": "linear T=1 torch", "backend": "torch", "ratio": 1.0}
+    step = {"model": "mlp", "threads": 2, "status": "ok", "note": "", "reference": "plain"}
+    plain = {
+        "variant": "plain",
+        "seconds": 0.004,
+        "ratio": 1.0,
+        "ratio_low": 1.0,
+        "ratio_high": 1.0,
+    }
+    ours = {"variant": "gradstats norms", "seconds": 0.0042, "ratio": 1.05}
+    refused = {"variant": "opacus hooks norms", "seconds": None, "ratio": None, "status": "refused"}
     return {
-        "ops": [
-            op,
-            {**op, "name": "layer_norm_backward", "limit": "bandwidth", "of_ceiling": 0.66},
-        ],
+        "ops": [{**op, **torch}, op, {**op, "name": "layer_norm", "limit": "bandwidth"}],
         "steps": [
-            {"model": "mlp", "variant": "plain", "seconds": 0.004, "ratio": 1.0},
-            {"model": "mlp", "variant": "measured", "seconds": 0.0042, "ratio": 1.05},
+            {**step, **plain},
+            {**step, **ours, "ratio_low": 1.04, "ratio_high": 1.07},
+            {**step, **refused, "note": "not installed (opacus)"},
         ],
-        "ceilings": {"bytes_per_second": 1.2e10, "flops_per_second": 1.1e11},
+        "ceilings": [{"bytes_per_second": 1.2e10, "flops_per_second": 1.1e11, "threads": 2}],
     }
 
 

@@ -122,7 +122,10 @@ def test_the_strongest_evidence_comes_first(everything) -> None:
             "Of the plans tried, the best is 16x2000 by samples and 256x125 or 64x500 by time.",
         ),
         ("critical", "Batches of up to 128 lose nothing over equal samples (critical batch size)."),
-        ("bench", "A measured step takes 1.05 times a plain one on this machine."),
+        (
+            "bench",
+            "A step measured exactly takes 1.05 × (mlp) the plain step's time on this machine.",
+        ),
     ],
 )
 def test_each_result_alone_has_a_verdict(tmp_path, kind, headline) -> None:

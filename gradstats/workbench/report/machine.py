@@ -10,10 +10,11 @@ import numpy as np
 
 from gradstats.words import readable
 from gradstats.workbench.report.figures import Axis, Bar, Bars, Figure, Line, Mark, Section, Table
-from gradstats.workbench.report.inputs import Input, number, numbers
+from gradstats.workbench.report.inputs import Input, number, numbers, objects
 
 __all__ = ["bench", "environment", "memory", "overhead", "step_time"]
 
+TORCH = "torch"  # the backend of what operations are compared with
 UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 
 
@@ -135,48 +136,55 @@ def step_time(timing: Any) -> Figure | None:
 
 def bench(given: Input) -> Section:
     content = given.content
-    section = Section("bench", "Kernels and steps", "Timed on this machine, side by side.")
-    rows = []
-    for step in content["steps"]:
-        seconds, ratio = number(step.get("seconds")), number(step.get("ratio"))
-        rows.append(
-            [
-                str(step.get("model", "–")),
-                str(step.get("variant", "–")),
-                f"{1e3 * seconds:.3g} ms" if math.isfinite(seconds) else "–",
-                f"{readable(ratio)} ×" if math.isfinite(ratio) else "–",
-            ]
-        )
+    section = Section("bench", "Kernels and steps", "Timed on this machine, in turns.")
+    steps = objects(content["steps"])
+    for model in dict.fromkeys(str(step.get("model", "–")) for step in steps):
+        section.add(_steps(model, [step for step in steps if str(step.get("model", "–")) == model]))
+    rows = [
+        [
+            str(op.get("name", "–")),
+            str(op.get("backend", "–")),
+            f"{1e6 * number(op.get('seconds')):,.3g} µs",
+            _ratio(op) or "–",
+            _percent(op.get("of_ceiling")),
+            str(op.get("limit") or "–"),
+        ]
+        for op in objects(content["ops"])
+        if number(op.get("seconds")) > 0 and op.get("backend") != TORCH
+    ]
     section.add(
         Table(
-            ["model", "variant", "time", "of the plain step"],
+            ["operation", "backend", "time", "against torch", "of the ceiling", "limit"],
             rows,
-            title="Whole steps",
-            caption="Forward, backward and optimizer. The nearer to 1 ×, the less measuring costs.",
-        )
-    )
-    ops = [op for op in content["ops"] if number(op.get("seconds")) > 0]
-    headings = ["operation", "backend", "time", "against torch", "of the machine's limit", "limit"]
-    section.add(
-        Table(
-            headings,
-            [
-                [
-                    str(op.get("name", "–")),
-                    str(op.get("backend", "–")),
-                    f"{1e6 * number(op.get('seconds')):,.3g} µs",
-                    _ratio(op.get("ratio"), " ×"),
-                    _ratio(op.get("of_ceiling"), "%", 100),
-                    str(op.get("limit") or "–"),
-                ]
-                for op in ops
-            ],
             title="Operations",
-            caption="Against torch: time over that of the kernels it replaces. Of the machine's limit: of "
-            "the bandwidth or matrix rate that was measured in the same run.",
+            caption="Against torch: the time over that of the kernels replaced, with quartiles. Of the "
+            "ceiling: the least time that the gradients' own work could take at this machine's measured "
+            "bandwidth and matrix rate, over the time taken.",
         )
     )
     return section
+
+
+def _steps(model: str, steps: Sequence[Mapping[str, Any]]) -> Bars:
+    """Times of one model's whole steps, by what is done in them."""
+    timed = [step for step in steps if number(step.get("seconds")) > 0]
+    longest = max((number(step["seconds"]) for step in timed), default=1.0)
+    bars = [
+        Bar(
+            str(step.get("variant", "–")),
+            number(step["seconds"]) / longest,
+            f"{1e3 * number(step['seconds']):.3g} ms",
+            _ratio(step),
+        )
+        for step in timed
+    ]
+    caption = "Forward, backward and optimizer; quartiles of the ratios within a turn."
+    left_out = [
+        f"{s.get('variant')} ({s.get('note') or s.get('status')})" for s in steps if s not in timed
+    ]
+    if left_out:
+        caption += f" Not timed: {', '.join(left_out)}."
+    return Bars(f"A step of {model}", caption, "variant", "time", bars, "against the plain step")
 
 
 def environment(inputs: Sequence[Input]) -> Section:
@@ -218,6 +226,16 @@ def _whole(value: float) -> str:
     return f"{value:,.0f}" if math.isfinite(value) else "–"
 
 
-def _ratio(value: Any, unit: str, times: float = 1.0) -> str:
+def _percent(value: Any) -> str:
     value = number(value)
-    return f"{readable(times * value)}{unit}" if math.isfinite(value) else "–"
+    return f"{100 * value:.0f}%" if math.isfinite(value) else "–"
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    """A ratio with its quartiles; empty where it is not known."""
+    value, low, high = (number(row.get(f"ratio{end}")) for end in ("", "_low", "_high"))
+    if not math.isfinite(value):
+        return ""
+    return f"{readable(value)} ×" + (
+        f" ({readable(low)} to {readable(high)})" if high > low else ""
+    )

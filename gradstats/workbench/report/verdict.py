@@ -10,7 +10,7 @@ from typing import Any, Literal
 from gradstats.estimators import NoiseScale
 from gradstats.words import readable
 from gradstats.workbench.report.advice_of import Basis
-from gradstats.workbench.report.inputs import Input, Run, number, numbers, objects
+from gradstats.workbench.report.inputs import Input, Run, number, objects
 from gradstats.workbench.report.runs import loss_at
 
 __all__ = ["Fact", "Verdict", "verdict"]
@@ -18,6 +18,7 @@ __all__ = ["Fact", "Verdict", "verdict"]
 Level = Literal["good", "fair", "poor"]
 NARROW = 3.0  # ratio of an interval's ends up to which a noise scale is called well known
 MOST_FACTS = 6
+EXACT = "gradstats norms"  # the variant of a benchmark that a monitor is by default
 # Facts that stand beside another finding's; the others are what that finding would have one do.
 ALONGSIDE = {
     *("Noise scale", "Critical batch size", "Largest micro-batch", "Best plan by samples"),
@@ -271,16 +272,19 @@ def _memory(given: Input) -> Verdict | None:
 
 
 def _speed(given: Input) -> Verdict | None:
-    measured = [step for step in given.content["steps"] if step.get("variant") != "plain"]
-    ratios = numbers([step.get("ratio") for step in measured])
-    ratios = ratios[ratios > 0]
-    if not len(ratios):
+    """What exact norms cost in whole steps, by model."""
+    ratios = {
+        str(step.get("model")): number(step.get("ratio"))
+        for step in given.content["steps"]
+        if step.get("variant") == EXACT and number(step.get("ratio")) > 0
+    }
+    if not ratios:
         return None
-    low, high = readable(float(ratios.min())), readable(float(ratios.max()))
-    times = low if low == high else f"{low} to {high}"
-    headline = f"A measured step takes {times} times a plain one on this machine"
-    fact = Fact("Measured step", f"× {times}", "of the plain one's time")
-    return Verdict(_sentence(headline), "Timed on this machine.", "good", [fact])
+    parts = [f"{readable(ratio)} × ({model})" for model, ratio in ratios.items()]
+    headline = f"A step measured exactly takes {_and(parts)} the plain step's time on this machine"
+    ends = dict.fromkeys(readable(end(ratios.values())) for end in (min, max))
+    fact = Fact("Measured step", f"× {' – '.join(ends)}", "of the plain one's time")
+    return Verdict(_sentence(headline), "Timed on this machine, in turns.", "good", [fact])
 
 
 def _compared(runs: Sequence[Run]) -> list[str]:
