@@ -178,6 +178,7 @@ def test_sections_are_those_with_data(tmp_path, everything) -> None:
         *("noise", "trade", "loss", "runs", "layers", "schedule", "speed"),
     ]
     all_of_them = [section.id for section in made(*everything).sections]
+    assert all_of_them[0] == "plan"
     for name in ("sweep", "critical", "lr-range", "memory", "bench", "environment"):
         assert name in all_of_them
     plain = made(files.log(tmp_path / "plain.jsonl", [{"step": 1, "loss": 2.0, "accuracy": 0.5}]))

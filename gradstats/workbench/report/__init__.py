@@ -12,9 +12,9 @@ Path("report.html").write_text(report.render(made), "utf-8")
 
 from __future__ import annotations
 
+from gradstats.workbench.report.findings import Fact, Verdict
 from gradstats.workbench.report.inputs import Input, read
 from gradstats.workbench.report.making import Report, build
 from gradstats.workbench.report.page import render
-from gradstats.workbench.report.verdict import Fact, Verdict
 
 __all__ = ["Fact", "Input", "Report", "Verdict", "build", "read", "render"]

@@ -71,7 +71,10 @@ def memory(given: Input) -> Section:
         ["largest by the line, not confirmed", _whole(number(content.get("largest")))],
         ["recommended", _whole(chosen)],
     ]
-    rows += [[f"formula: {name}", text] for name, text in _plain_rows(content.get("formula"))]
+    formula = content.get("formula")
+    if isinstance(formula, Mapping):
+        largest, allowed = (_whole(number(formula.get(key))) for key in ("largest", "chosen"))
+        rows.append(["textbook: (total − model)/(per sample)", f"{largest}, of which {allowed}"])
     section.add(Table(["", "value"], [row for row in rows if row[1] != "–"]))
     return section
 
@@ -87,8 +90,8 @@ def overhead(given: Input) -> list[Bars | Figure | None]:
         if plain > 0 and measured > 0:
             top = max(plain, measured)
             rows = [
-                Bar("plain step", plain / top, f"{1000 * plain:.3g} ms"),
-                Bar("measured step", measured / top, f"{1000 * measured:.3g} ms"),
+                Bar("plain step", plain / top, _time(plain)),
+                Bar("measured step", measured / top, _time(measured)),
             ]
             interval = (
                 f" (quartiles {readable(low)} to {readable(high)})" if high >= low > 0 else ""
@@ -144,7 +147,7 @@ def bench(given: Input) -> Section:
         [
             str(op.get("name", "–")),
             str(op.get("backend", "–")),
-            f"{1e6 * number(op.get('seconds')):,.3g} µs",
+            _time(number(op.get("seconds"))),
             _ratio(op) or "–",
             _percent(op.get("of_ceiling")),
             str(op.get("limit") or "–"),
@@ -173,7 +176,7 @@ def _steps(model: str, steps: Sequence[Mapping[str, Any]]) -> Bars:
         Bar(
             str(step.get("variant", "–")),
             number(step["seconds"]) / longest,
-            f"{1e3 * number(step['seconds']):.3g} ms",
+            _time(number(step["seconds"])),
             _ratio(step),
         )
         for step in timed
@@ -224,6 +227,13 @@ def _bytes(value: float) -> str:
 
 def _whole(value: float) -> str:
     return f"{value:,.0f}" if math.isfinite(value) else "–"
+
+
+def _time(seconds: float) -> str:
+    scale, unit = next(
+        pair for pair in ((1.0, "s"), (1e-3, "ms"), (0.0, "µs")) if seconds >= pair[0]
+    )
+    return f"{seconds / (scale or 1e-6):.3g} {unit}"
 
 
 def _percent(value: Any) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from gradstats.errors import InvalidArgumentError
-from gradstats.workbench.report import machine, plans, runs, trade_off, tuning
+from gradstats.workbench.report import machine, noise, planned, plans, runs, trade_off, tuning
 from gradstats.workbench.report.advice_of import (
     Basis,
     basis_of_measure,
@@ -18,9 +18,10 @@ from gradstats.workbench.report.advice_of import (
 )
 from gradstats.workbench.report.embedded import Part, embed
 from gradstats.workbench.report.figures import Figure, Mark, Section
+from gradstats.workbench.report.findings import Verdict
 from gradstats.workbench.report.inputs import Input, Run
 from gradstats.workbench.report.remarks import Remark, remarks
-from gradstats.workbench.report.verdict import Verdict, verdict
+from gradstats.workbench.report.verdict import verdict
 
 __all__ = ["Report", "build"]
 
@@ -87,15 +88,12 @@ def build(inputs: Sequence[Input], *, title: str | None = None) -> Report:
     known = {(basis.noise.value, basis.present) for basis in found}
     of_logs = [basis_of_run(run, cap) for run in trainings]
     found += [b for b in of_logs if b is not None and (b.noise.value, b.present) not in known]
-    sections = [*_of_runs(trainings, found, measured, cap)]
-    for kind, make in OF_RESULTS.items():
-        same = [given for given in inputs if given.kind == kind]
-        for i, given in enumerate(same):
-            section = _guarded(given, make)
-            if len(same) > 1:
-                section.id, section.title = f"{section.id}-{i}", f"{section.title}: {given.name}"
-            sections.append(section)
-    sections.append(machine.environment(inputs))
+    sections = [
+        *_of_results(inputs, {"advise": planned.plan}),
+        *_of_runs(trainings, found, measured, cap),
+        *_of_results(inputs, OF_RESULTS),
+        machine.environment(inputs),
+    ]
     now = datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z")
     names = [given.name for given in inputs]
     heading = title or (
@@ -111,20 +109,35 @@ def build(inputs: Sequence[Input], *, title: str | None = None) -> Report:
     )
 
 
+def _of_results(
+    inputs: Sequence[Input], makers: Mapping[str, Callable[[Input], Section]]
+) -> list[Section]:
+    """The sections of result files, kind by kind."""
+    sections = []
+    for kind, make in makers.items():
+        same = [given for given in inputs if given.kind == kind]
+        for i, given in enumerate(same):
+            section = _guarded(given, make)
+            if len(same) > 1:
+                section.id, section.title = f"{section.id}-{i}", f"{section.title}: {given.name}"
+            sections.append(section)
+    return sections
+
+
 def _of_runs(
     trainings: Sequence[Run], bases: Sequence[Basis], measured: Sequence[Input], cap: int | None
 ) -> list[Section]:
     marks = [] if cap is None else [Mark("y", cap, f"micro-batch that fits: {cap:,}")]
-    layers = runs.shares(trainings)
+    layers = noise.shares(trainings)
     costs = Section("speed", "Speed and overhead")
     for given in measured:
-        share, notes = runs.notes_of_layers(given.content.get("layers"))
+        share, notes = noise.notes_of_layers(given.content.get("layers"))
         title = f"Share of tr Σ by layer, {given.name}"
-        layers.add(runs.share_bars(title, share, notes))
+        layers.add(noise.share_bars(title, share, notes))
         costs.add(*machine.overhead(given))
     costs.add(runs.speed(trainings))
     return [
-        runs.noise(trainings, marks),
+        noise.noise(trainings, marks),
         trade_off.trade_off(bases, cap),
         runs.loss(trainings),
         runs.summary(trainings),

@@ -82,11 +82,14 @@ def _section(section: Section, drawings: list[Drawing]) -> dict[str, Any]:
 
 
 def _place(parts: list[dict[str, Any]]) -> None:
-    """Two columns: tables of many columns take both, and so does a part that would stand alone in a row."""
+    """Two columns; what has many itself takes both, and so does a part that would stand alone."""
     alone: dict[str, Any] | None = None
     for part in parts:
         table = part.get("table")
-        part["wide"] = table is not None and (len(table.headings) > 2 or table.folded)
+        bars = part.get("bars")
+        part["wide"] = bool(bars and bars.note_heading)
+        if table is not None:
+            part["wide"] = len(table.headings) > 2 or table.folded
         if part["wide"]:
             alone, left = None, alone
         else:
