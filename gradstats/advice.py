@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Literal, get_args
 
 from gradstats.batch_advice import BatchSizeAdvice, CurvePoint
+from gradstats.calibration import Calibration
 from gradstats.errors import InvalidArgumentError
 from gradstats.estimators import NoiseScale, readable, require, steps_ratio, whole
 from gradstats.layouts import LARGEST, Clock, Layout, StepSeconds, offered, split, step_clock
@@ -64,7 +65,7 @@ def recommend(
     steps_left: int | None = None,
     device_hour_price: float | None = None,
     tokens_per_sample: float | None = None,
-    critical: float | None = None,
+    critical: float | Mapping[str, float | None] | None = None,
 ) -> BatchSizeAdvice:
     """Advise on the global batch size. Bad arguments raise ``InvalidArgumentError``.
 
@@ -92,9 +93,10 @@ def recommend(
         device_hour_price: of one rank's device, in any currency.
         tokens_per_sample: where ``noise`` and ``batch_size`` are in tokens (``attach(sample="token")``),
             and all else, the advice included, is in samples of so many tokens each.
-        critical: the critical batch size over the noise scale, where it was measured by branches (``gradstats
-            critical`` stores it as ``calibration``). The advice then goes by that multiple of the noise
-            scale; the learning rate's rule ``"noise"`` by the noise scale itself.
+        critical: the critical batch size over the noise scale, where it was measured by branches: a number,
+            or the ``calibration`` in the result of ``gradstats critical``, whose interval then widens that of
+            the noise scale. The advice goes by that multiple of the noise scale; the learning rate's rule
+            ``"noise"`` by the noise scale itself.
     """
     now, world = whole("batch_size", batch_size), whole("world_size", world_size)
     if tokens_per_sample is not None:
@@ -104,10 +106,12 @@ def recommend(
         now = max(1, round(now / tokens_per_sample / world)) * world
     measured, reasons = noise, [str(noise)]
     if critical is not None:
-        require(0 < critical < math.inf, "critical", critical, "pass a factor above 0")
-        noise = _scaled(noise, critical)
+        factor = _factor(critical)
+        noise = factor.apply(noise)
+        known = factor.low < factor.high
+        about = f" ({readable(factor.low)} to {readable(factor.high)})" if known else ""
         reasons.append(
-            f"the critical batch size is {readable(critical)} times that, as measured by branches"
+            f"the critical batch size is {readable(factor.value)}{about} times that, as measured by branches"
         )
     require(now % world == 0, "batch_size", now, f"pass a multiple of world_size={world}")
     most = whole("max_batch_size", max_batch_size, LARGEST)
@@ -168,9 +172,15 @@ def recommend(
     )
 
 
-def _scaled(noise: NoiseScale, factor: float) -> NoiseScale:
-    """A multiple of it, with its interval."""
-    return replace(noise, **{k: factor * getattr(noise, k) for k in ("value", "low", "high")})
+def _factor(critical: float | Mapping[str, float | None]) -> Calibration:
+    """A number, or a file's: there what has no upper end is null."""
+    given = critical if isinstance(critical, Mapping) else {"value": critical}
+    value = given.get("value")
+    valid = isinstance(value, (int, float)) and 0 < value < math.inf
+    require(valid, "critical", critical, "pass a factor above 0, or the calibration of a result")
+    assert value is not None
+    low, high = given.get("low", value), given.get("high", value)
+    return Calibration(value, low or 0.0, math.inf if high is None else high)
 
 
 def require_one_unit(sample: str, timed: StepSeconds | None, tokens: float | None) -> None:

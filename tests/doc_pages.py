@@ -178,9 +178,11 @@ def critical(names: Names, out: Out) -> Iterator[None]:
     train(names)
     names["monitor"].detach()
     Path("runs").mkdir()
-    Path("runs/critical.json").write_text(json.dumps({"calibration": 2.0}))
+    Path("runs/critical.json").write_text(
+        json.dumps({"calibration": {"value": 2.0, "low": 1.8, "high": 2.2, "steps": 0}})
+    )
     yield
-    assert "the critical batch size is 2 times that" in out()
+    assert "the critical batch size is 2 (1.8 to 2.2) times that" in out()
 
 
 def report(names: Names, out: Out) -> Iterator[None]:

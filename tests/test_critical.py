@@ -286,8 +286,17 @@ def test_the_factor_is_given_back() -> None:
     assert rate.learning_rate == pytest.approx(RATE * gain)  # by the noise scale itself
     seen = Seen(batch_size=BATCH, base_batch_size=BATCH, noise=noise)
     assert noise_scale(seen, factor=8.0) == pytest.approx(8 * noise.value)
-    with pytest.raises(InvalidArgumentError, match=r"critical=-1 cannot be used; pass a factor"):
-        gradstats.recommend(noise, batch_size=8, critical=-1)
+    calibration = {"value": 8.0, "low": 2.0, "high": 16.0, "steps": 0}  # as a result file has it
+    wider = monitor.recommend(critical=calibration)
+    assert wider.batch_size == scaled.batch_size
+    assert wider.low < scaled.low
+    assert wider.high > scaled.high
+    assert "the critical batch size is 8 (2 to 16) times that" in wider.reason
+    unknown = monitor.recommend(critical={**calibration, "high": None})
+    assert (unknown.batch_size, unknown.high) == (BATCH, None)  # too uncertain to act on
+    for wrong in (-1, {"low": 1.0}):
+        with pytest.raises(InvalidArgumentError, match=r"critical=.* cannot be used; pass a fac"):
+            gradstats.recommend(noise, batch_size=8, critical=wrong)
 
 
 @pytest.fixture

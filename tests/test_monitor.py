@@ -235,7 +235,7 @@ EDGES = {
     "batch_advice": {"estimators"},
     "collective_cost": {"estimators"},
     "comparison": {"estimators", "layouts", "step_time"},
-    "advice": {"batch_advice", "errors", "estimators", "layouts", "step_time"},
+    "advice": {"batch_advice", "calibration", "errors", "estimators", "layouts", "step_time"},
     "words": {"estimators"},
     "estimators": {"errors", "words"},
     "calibration": {"estimators"},
