@@ -152,7 +152,9 @@ def _show(found: Any, noise_missing: str, files: list[Path]) -> None:
     lines = [str(found), *found.remarks]
     if found.noise_scale is None:
         lines.append(f"the noise scale could not be measured: {noise_missing}")
-    elif found.calibration is not None and found.reached:
+    elif found.calibration is not None and not found.usable:
+        lines.append("The factor is not known well enough to act on; more --seeds narrow it.")
+    elif found.calibration is not None:
         lines.append(
             f"Use it: monitor.recommend(critical={readable(found.calibration.value)}), or the policy "
             f"partial(gradstats.schedulers.noise_scale, factor={readable(found.calibration.value)})."

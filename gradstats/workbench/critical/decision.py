@@ -14,7 +14,7 @@ from typing import Any
 
 from gradstats.calibration import Calibration
 from gradstats.errors import InvalidArgumentError
-from gradstats.estimators import NoiseScale, critical_value, readable
+from gradstats.estimators import WIDEST_USEFUL, NoiseScale, critical_value, readable
 
 __all__ = ["Branch", "Critical", "Run", "Tolerance", "decide", "smoothed"]
 
@@ -125,6 +125,12 @@ class Critical:
     noise_scale: NoiseScale | None
     calibration: Calibration | None
     remarks: tuple[str, ...]
+
+    @property
+    def usable(self) -> bool:
+        """Whether the factor is known well enough to choose batch sizes by."""
+        factor = self.calibration
+        return factor is not None and factor.high <= WIDEST_USEFUL * factor.low
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain numbers, lists and dictionaries."""
