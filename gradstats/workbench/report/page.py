@@ -8,7 +8,7 @@ import math
 from importlib import resources
 from typing import Any
 
-from gradstats import __version__
+import gradstats
 from gradstats.errors import GradStatsError
 from gradstats.words import readable
 from gradstats.workbench.report.drawing import Drawing, draw
@@ -44,7 +44,7 @@ def render(report: Report) -> str:
             "title": f"gradstats report: {report.title}",
             "heading": report.title,
             "made": report.made,
-            "foot": f"Made by gradstats {__version__}. This file needs nothing else: open it anywhere.",
+            "foot": f"Made by gradstats {gradstats.__version__}. This file needs nothing else: open it anywhere.",
         },
         verdict=report.verdict,
         remarks=report.remarks,
