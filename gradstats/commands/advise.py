@@ -139,7 +139,7 @@ def _list(points: Any, as_json: bool) -> None:
     table = make_table(
         "task", "batch size", "optimizer", "learning rate", "source", title_justify="left"
     )
-    table.columns[-1].min_width = len("arXiv:0000.00000;")  # a number cut off leads nowhere
+    table.columns[-1].overflow = "fold"  # a source is no use where its number is cut off
     table.columns[0].no_wrap = True
     for name, point in points.items():
         size = f"{point.batch_size:,} {point.unit}"
