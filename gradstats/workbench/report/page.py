@@ -44,7 +44,7 @@ def render(report: Report) -> str:
             "title": f"gradstats report: {report.title}",
             "heading": report.title,
             "made": report.made,
-            "foot": f"Made by gradstats {gradstats.__version__}. This file needs nothing else: open it anywhere.",
+            "foot": f"Made by gradstats {gradstats.__version__}. This file opens anywhere, by itself.",
         },
         verdict=report.verdict,
         remarks=report.remarks,
