@@ -92,6 +92,8 @@ def test_learning_rates_come_from_range_tests_first():
     assert fitted.learning_rate == pytest.approx(0.2 * 4**0.7)
     assert fitted.learning_rate_low == pytest.approx(0.1 * 4**0.7)
     assert fitted.learning_rate_high == pytest.approx(0.4 * 4**0.7)
+    saturating = advise(replace(KNOWN, rates=(at,), rate_noise=128.0)).plan
+    assert saturating.learning_rate == pytest.approx(0.2 * 2 / 1.25)
     here = advise(replace(KNOWN, rates=(at, RatePoint(512, 0.33, 0.2, 0.5)), exponent=0.7)).plan
     assert (here.learning_rate, here.learning_rate_low) == (0.33, 0.2)
     unknown = advise(replace(KNOWN, rates=(at,), optimizer="Lion"))
@@ -303,7 +305,7 @@ def test_files_of_every_kind_make_one_plan(files):
     assert evidence.noise == NOISE
     assert (evidence.largest, evidence.critical, evidence.exponent) == (24, 4.0, 0.9)
     assert isinstance(evidence.timing, StepTime)
-    assert len(evidence.sources) == 7
+    assert len(evidence.sources) == 6
     found = advise(evidence, epochs=3)
     assert found.plan.micro_batch_size <= 24
     ratio = found.plan.batch_size / 64
@@ -359,6 +361,18 @@ def test_a_log_alone_is_enough(tmp_path):
     evidence = gather([path])
     assert evidence.noise.num_steps == 497
     assert advise(evidence).plan.batch_size == 512
+
+
+def test_scaling_rules_of_range_tests(tmp_path):
+    def read(scaling):
+        curves = [{"batch_size": 64, "suggested": 0.2}, {"batch_size": 128, "suggested": None}]
+        return gather([write(tmp_path, "lr_range", {"curves": curves, "scaling": scaling})])
+
+    assert read(None).rates == (RatePoint(64, 0.2, None, None),)
+    assert read({"rule": None, "exponent": 0.7}).exponent is None  # the data cannot tell
+    assert read({"rule": "sqrt", "exponent": 0.55}).exponent == 0.55
+    found = read({"rule": "saturating", "exponent": 0.55, "noise_scale": 90.0})
+    assert (found.exponent, found.rate_noise) == (None, 90.0)
 
 
 def test_files_that_lack_something_are_refused(tmp_path):

@@ -90,6 +90,16 @@ class Workload:
         """Samples held out; 0 where there are none."""
         return 0 if self._validation is None else self._validation.size
 
+    @property
+    def batch_norm_layers(self) -> tuple[str, ...]:
+        """Names of the BatchNorm layers that use the batch's own statistics."""
+        kind = nn.modules.batchnorm._BatchNorm
+        return tuple(
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, kind) and (module.training or not module.track_running_stats)
+        )
+
     def loss(self, batch: Any) -> Tensor:
         """The mean loss of a batch, with its graph.
 

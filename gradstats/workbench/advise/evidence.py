@@ -38,10 +38,11 @@ class Evidence:
 
     `noise`: the noise scale, in samples. `batch_size`, `learning_rate`, `optimizer`, `betas`: those of the
     training that was measured. `critical`: the critical batch over the noise scale. `largest`: samples that
-    fit a device at once, with a margin. `rates`, and how they grow with the batch: ∝ B to the `exponent`.
-    `batch_norm`: names of BatchNorm layers, None where there are none or it is not known. `curves`: losses
-    over trainings, those of one kind (other seeds) together. `sweep`: validation losses at the end by
-    (batch size, learning rate). `sources`: what came from where, in words.
+    fit a device at once, with a margin. `rates`, and how they grow with the batch: ∝ B to the `exponent`,
+    or, where they saturate, ∝ 1/(1 + `rate_noise`/B). `batch_norm`: names of BatchNorm layers, None where
+    there are none or it is not known. `curves`: losses over trainings, those of one kind (other seeds)
+    together. `sweep`: validation losses at the end by (batch size, learning rate). `sources`: what came from
+    where, in words.
     """
 
     noise: NoiseScale | None = None
@@ -55,6 +56,7 @@ class Evidence:
     largest: int | None = None
     rates: tuple[RatePoint, ...] = ()
     exponent: float | None = None
+    rate_noise: float | None = None
     batch_norm: tuple[str, ...] | None = None
     curves: tuple[tuple[Curve, ...], ...] = ()
     sweep: Mapping[tuple[int, float], Sequence[float]] = field(default_factory=dict)
@@ -143,12 +145,19 @@ def _rates(content: Mapping[str, Any]) -> Evidence:
         for c in content["curves"]
         if c.get("suggested")
     ]
-    scaling = content.get("scaling") or {}
-    exponent = scaling.get("exponent")
     said = [f"learning rate {p.suggested:.3g} at a batch of {p.batch_size:,}" for p in points]
+    scaling = content.get("scaling") or {}
+    exponent = noise = None
+    if scaling.get("rule") == "saturating" and scaling.get("noise_scale"):
+        noise = float(scaling["noise_scale"])
+        said.append(f"learning rates saturate at batches of {noise:.3g}, as measured")
+    elif scaling.get("rule") is not None:  # None: the data cannot tell
+        exponent = scaling.get("exponent")
     if exponent is not None:
         said.append(f"learning rates grow with the batch to the power {exponent:.2f}, as measured")
-    return Evidence(rates=tuple(points), exponent=exponent, sources=tuple(said))
+    return Evidence(
+        rates=tuple(points), exponent=exponent, rate_noise=noise, sources=("; ".join(said),)
+    )
 
 
 def _critical(content: Mapping[str, Any]) -> Evidence:
@@ -232,7 +241,6 @@ def _curve(name: str, rows: Sequence[Mapping[str, Any]], at: str) -> Curve:
 def of_target(target: str) -> Evidence:
     """From the user's training, `module:factory`: its data, optimizer and BatchNorm layers; no "
     "step is taken."""
-    from gradstats.workbench.measure.run import batch_norm_layers
     from gradstats.workbench.workload import load
 
     made = load(target)
@@ -243,6 +251,6 @@ def of_target(target: str) -> Evidence:
         optimizer=type(made.optimizer).__name__,
         betas=group.get("betas"),
         data_samples=made.num_samples,
-        batch_norm=batch_norm_layers(made.model) or None,
+        batch_norm=made.batch_norm_layers or None,
         sources=(f"{target}: {made.num_samples:,} samples, {type(made.optimizer).__name__}",),
     )

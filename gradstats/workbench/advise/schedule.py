@@ -6,6 +6,7 @@ import math
 
 from gradstats.advice import RULES, scale_learning_rate
 from gradstats.batch_advice import BatchSizeAdvice
+from gradstats.estimators import readable
 from gradstats.workbench.advise.evidence import Evidence, RatePoint
 
 __all__ = ["learning_rate_for", "warm_up_for"]
@@ -31,17 +32,21 @@ def learning_rate_for(
     tested = f"a range test suggests {near.suggested:.3g} at a batch of {near.batch_size:,}"
     if near.batch_size == size:
         return near, [tested]
-    if evidence.exponent is not None:
+    if evidence.rate_noise is not None:
+        noise = evidence.rate_noise
+        factor = scale_learning_rate(1.0, near.batch_size, size, rule="noise", noise=noise)
+        how = f"brought to {size:,} by 1/(1 + {readable(noise)}/B), as measured"
+    elif evidence.exponent is not None:
         factor = (size / near.batch_size) ** evidence.exponent
         how = f"brought to {size:,} by the power {evidence.exponent:.2f} of the batch, as measured"
     else:
         rule = RULES.get(str(evidence.optimizer).lower())
         if rule is None:
             return None, [f"{tested}, and no rule is known for this optimizer at {size:,}"]
-        noise = None if evidence.noise is None else evidence.noise.value
-        if rule == "noise" and (noise is None or not math.isfinite(noise)):
+        known = math.nan if evidence.noise is None else evidence.noise.value
+        if rule == "noise" and not math.isfinite(known):
             return None, [f"{tested}; the rule to bring it to {size:,} needs a noise scale"]
-        factor = scale_learning_rate(1.0, near.batch_size, size, rule=rule, noise=noise)
+        factor = scale_learning_rate(1.0, near.batch_size, size, rule=rule, noise=known)
         how = f'brought to {size:,} by rule "{rule}" of scale_learning_rate'
     low, high = (None if end is None else end * factor for end in (near.low, near.high))
     return RatePoint(size, near.suggested * factor, low, high), [f"{tested}, {how}"]
