@@ -384,7 +384,12 @@ def advise():
         "warmup_steps": 120,
         "steps": 4000,
     }
-    return {"plan": plan, "reasons": ["the noise scale is 400"], "remarks": ["use GroupNorm"]}
+    return {
+        "plan": plan,
+        "advice": advice(),
+        "reasons": ["the noise scale is 400"],
+        "remarks": ["use GroupNorm"],
+    }
 
 
 def bench():

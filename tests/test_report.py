@@ -96,7 +96,7 @@ def test_a_measurement_and_its_own_log_count_once(tmp_path) -> None:
 def test_the_strongest_evidence_comes_first(everything) -> None:
     log, _, measure, *_ = everything
     assert made(*everything).verdict.headline == (
-        "Train with batches of 256, a learning rate of 0.08 and 4,000 steps."
+        "Train with batches of 256 instead of 32, a learning rate of 0.08 and 4,000 steps."
     )
     verdict = made(log, measure).verdict
     assert verdict.headline == (
@@ -238,6 +238,13 @@ def test_points_are_where_they_belong() -> None:
         [tick.text for tick in drawing.y_ticks] == ["1", "3", "10", "30", "100"]
     )
     assert "from 1 at 0 to 100 at 10" in drawing.alternative
+
+
+def test_a_limit_far_away_does_not_squeeze_the_picture() -> None:
+    line = Line("a", np.array([1.0, 2.0]), np.array([1.0, 2.0]))
+    far = [Mark("y", 9e9, "memory", stretch=False), Mark("y", 4.0, "budget")]
+    drawing = draw(Figure("t", "c", Axis("x"), Axis("y"), [line], far))
+    assert [at for _, at in drawing.marks] == [None, pytest.approx(100 * 0.04 / 1.08, abs=0.01)]
 
 
 def test_gaps_and_ends_of_bands() -> None:

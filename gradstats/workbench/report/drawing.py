@@ -54,7 +54,7 @@ class Drawing:
     y_ticks: list[Tick]
     grid: list[float]  # heights of the horizontal lines, in units
     shapes: list[Shape]
-    marks: list[tuple[Mark, float]]  # with the percentage from the left, or from the top
+    marks: list[tuple[Mark, float | None]]  # percentage from the left or the top; None: outside
     legend: list[Line]
     alternative: str
     data: dict[str, Any]  # for reading off points
@@ -104,11 +104,11 @@ def draw(figure: Figure) -> Drawing:
     x = _Scale(figure.x, _all(figure, "x"))
     y = _Scale(figure.y, _all(figure, "y"))
     shapes = [shape for line in figure.lines for shape in _shapes(line, x, y)]
-    marks = []
+    marks: list[tuple[Mark, float | None]] = []
     for mark in figure.marks:
         at = float((x if mark.axis == "x" else y)(np.array([mark.value]))[0])
-        if 0 <= at <= 1:
-            marks.append((mark, round(100 * (at if mark.axis == "x" else 1 - at), 2)))
+        percent = round(100 * (at if mark.axis == "x" else 1 - at), 2)
+        marks.append((mark, percent if 0 <= at <= 1 else None))
     y_ticks = [Tick(100 - t.at, t.text) for t in y.ticks(TICKS["y"])]
     return Drawing(
         figure=figure,
@@ -125,7 +125,7 @@ def draw(figure: Figure) -> Drawing:
 
 def _all(figure: Figure, axis: str) -> Array:
     """Every value that must have room on an axis, marks included; ends of bands only as far as is sane."""
-    parts = [np.array([m.value for m in figure.marks if m.axis == axis], np.float64)]
+    parts = [np.array([m.value for m in figure.marks if m.axis == axis and m.stretch], np.float64)]
     for line in figure.lines:
         parts.append(getattr(line, axis))
     known = np.concatenate(parts)

@@ -43,12 +43,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """A value on one axis, with a word for it: a straight line across the picture."""
+    """A value on one axis, with a word for it: a straight line across the picture.
+
+    One that does not `stretch` the picture is only named where it lies outside of it.
+    """
 
     axis: Literal["x", "y"]
     value: float
     name: str
     colour: int | None = None
+    stretch: bool = True
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,9 @@ def advised(given: Input) -> Verdict | None:
     rate, steps = number(plan.get("learning_rate")), number(plan.get("steps"))
     said, facts = [], []
     if size >= 1:
-        said.append(f"batches of {size:,.0f}")
+        now = _present(given)
+        change = "" if not now >= 1 else ", as now" if now == size else f" instead of {now:,.0f}"
+        said.append(f"batches of {size:,.0f}{change}")
         detail = " × ".join(f"{n:,.0f}" for n in (micro, pieces, ranks) if n >= 1)
         facts.append(Fact("Batch size", f"{size:,.0f}", f"as {detail}" if detail else ""))
     if rate > 0:
@@ -144,13 +146,20 @@ def advised(given: Input) -> Verdict | None:
         facts.append(Fact("Steps", f"{steps:,.0f}"))
     if not said:
         return None
-    reasons = [str(reason) for reason in _list(given.content.get("reasons"))]
+    reasons = [_capital(str(reason)) for reason in _list(given.content.get("reasons"))]
     measured = number(plan.get("measured")) if "measured" in plan else math.nan
     level: Level = "fair" if measured == 0 else "good"
     sure = "Planned by gradstats advise from what was measured."
     if level == "fair":
         sure = "A published starting point: nothing of this training was measured."
     return Verdict(_sentence("Train with " + _and(said)), sure, level, facts, reasons)
+
+
+def _present(given: Input) -> float:
+    """The batch size that a plan is compared with; NaN where none is named."""
+    advice = given.content.get("advice")
+    present = advice.get("present") if isinstance(advice, dict) else None
+    return number(present.get("batch_size")) if isinstance(present, dict) else math.nan
 
 
 def swept(given: Input) -> Verdict | None:
@@ -181,12 +190,13 @@ def critical(given: Input) -> Verdict | None:
     if not size >= 1:
         return None
     end = "up" if not math.isfinite(high) else f"to {readable(high)}"
-    interval = f"{readable(low)} {end}" if math.isfinite(low) else "not known how surely"
+    percent = 100 * number(given.content.get("confidence", 0.9))
+    interval = f"{percent:.3g}% interval {readable(low)} {end}" if low >= 0 else "no interval"
     headline = (
         f"Batches of up to {readable(size)} lose nothing over equal samples (critical batch size)"
     )
     fact = Fact("Critical batch size", readable(size), interval)
-    sure = f"By branched runs from one checkpoint; the interval is {interval}."
+    sure = f"By branched runs from one checkpoint; {interval}."
     doubted = bool(given.content.get("remarks")) or not math.isfinite(high)
     return Verdict(_sentence(headline), sure, "fair" if doubted else "good", [fact])
 

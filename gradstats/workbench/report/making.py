@@ -127,7 +127,9 @@ def _of_results(
 def _of_runs(
     trainings: Sequence[Run], bases: Sequence[Basis], measured: Sequence[Input], cap: int | None
 ) -> list[Section]:
-    marks = [] if cap is None else [Mark("y", cap, f"micro-batch that fits: {cap:,}")]
+    marks = (
+        [] if cap is None else [Mark("y", cap, f"micro-batch that fits: {cap:,}", stretch=False)]
+    )
     layers = noise.shares(trainings)
     costs = Section("speed", "Speed and overhead")
     for given in measured:

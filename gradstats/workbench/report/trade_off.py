@@ -44,7 +44,7 @@ def _marks(basis: Basis, cap: int | None) -> list[Mark]:
     if basis.size != basis.present:
         marks.append(Mark("x", basis.size, f"advised: {basis.size:,}", 2))
     if cap is not None:
-        marks.append(Mark("x", cap, f"micro-batch that fits: {cap:,}"))
+        marks.append(Mark("x", cap, f"micro-batch that fits: {cap:,}", stretch=False))
     return marks
 
 

@@ -41,8 +41,11 @@ def verdict(inputs: Sequence[Input], runs: Sequence[Run], bases: Sequence[Basis]
         made for given in inputs if given.kind == "advise" and (made := findings.advised(given))
     ]
     by_noise = [findings.by_noise(basis, len(bases) > 1) for basis in sorted(bases, key=_width)[:1]]
-    # A plan was made of what the noise scale says, which is not said again beside it.
-    found += [replace(made, headline="") for made in by_noise] if found else by_noise
+    if found and by_noise:  # a plan was made of what the noise scale says, which is as sure as that
+        sure = f"{found[0].sure} {by_noise[0].sure}"
+        found = [replace(found[0], sure=sure, level=by_noise[0].level), *found[1:]]
+        by_noise = [replace(by_noise[0], headline="")]
+    found += by_noise
     for kind, finding in OF_RESULTS.items():
         found += [made for given in inputs if given.kind == kind and (made := finding(given))]
     if not found:
