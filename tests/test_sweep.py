@@ -306,3 +306,24 @@ def test_sharpness_is_measured_of_each_minimum() -> None:
     assert sharp["full"] > sharp["subspace"] > 0
     assert sharp["top_eigenvalue"] > 0
     assert math.isfinite(sharp["top_eigenvalue"])
+
+
+def test_ray_trains_the_same_bits(whole, tmp_path) -> None:
+    pytest.importorskip("ray")
+    news = []
+    found = sweep(
+        settings("dropout"),
+        folder=tmp_path,
+        ray="local",
+        report=lambda trial, seen: news.append(seen),
+    )
+    same = without_seconds(found.to_dict())
+    assert same["trials"] == without_seconds(whole.to_dict())["trials"]
+    assert same["variance"] == without_seconds(whole.to_dict())["variance"]
+    assert sum("ok" in seen for seen in news) == 6
+
+
+def test_ray_that_is_missing_is_named(monkeypatch, tmp_path) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(GradStatsError, match=r"pip install 'gradstats\[ray\]'"):
+        sweep(settings(), folder=tmp_path, ray="local")

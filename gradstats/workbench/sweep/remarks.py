@@ -53,7 +53,8 @@ def remarks(
         )
     if settings.variance and variance is None:
         found.append(
-            "the gradient's variance was not measured: the first plan's first trial is missing"
+            "the gradient's variance was not measured: it was stopped, or the first plan's first trial did "
+            "not get half-way"
         )
     if jobs > 1:
         found.append(f"seconds are those of up to {jobs} trials at a time on one machine")

@@ -52,7 +52,7 @@ class Settings:
     micro_batch_size: int | None = None
     sharpness: Sharpness | None = None
     variance: bool = True
-    precision: float = 0.01
+    precision: float = 0.02
     target_loss: float | None = None
     threads: int | None = None
 

@@ -8,7 +8,8 @@ matrix (the identity, or random),
 
 The maximum is sought by L-BFGS-B, as there, and from several starts: where the gradient vanishes, which
 is what a minimum is, x itself is a stationary point of the search. A start is moved to the corner of the
-box that its gradient points to for as long as the loss grows; for a convex f it never falls.
+box that its gradient points to for as long as the loss grows; for a convex f it never falls. What is found
+is a local maximum: φ is at least that.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = ["Box", "Sharpness", "epsilon_sharpness", "sharpness", "top_eigenvalue
 
 SIZE = 256  # samples of one forward
 CORNERS = 20  # moves to better corners, at most
+SEARCHED = 3  # of the best places found by them, L-BFGS-B starts from
 
 Array = NDArray[np.float64]
 
@@ -91,22 +93,23 @@ class Box:
         return value, gradient if self._matrix is None else self._matrix.T @ gradient
 
     def maximum(self, starts: list[Array], iterations: int) -> float:
-        """The largest loss found from `starts`, by moves between corners, then L-BFGS-B."""
+        """The largest loss found: by moves between corners from `starts`, then by L-BFGS-B."""
         from scipy.optimize import Bounds, minimize
 
         def negative(z: Array) -> tuple[float, Array]:
             value, gradient = self(z)
             return -value, -gradient
 
-        best = -np.inf
         try:
-            for start in starts:
-                z, value = self._corner(start)
-                found = minimize(
+            found = [self._corner(start) for start in starts]
+            found.sort(key=lambda pair: -pair[1])
+            best = found[0][1]
+            for z, _ in found[:SEARCHED]:
+                ended = minimize(
                     negative, z, jac=True, method="L-BFGS-B",
                     bounds=Bounds(-self.bound, self.bound), options={"maxiter": iterations},
                 )  # fmt: skip
-                best = max(best, value, -float(found.fun))
+                best = max(best, -float(ended.fun))
         finally:
             write(self._params, self.center)
         return best
@@ -147,7 +150,7 @@ def epsilon_sharpness(
         matrix /= np.linalg.norm(matrix, axis=0)
     box = Box(loss, params, epsilon, matrix)
     size = len(box.bound)
-    starts = [np.zeros(size), *(box.bound * draw.choice([-1.0, 1.0], size) for _ in range(2))]
+    starts = [np.zeros(size), *(box.bound * draw.choice([-1.0, 1.0], size) for _ in range(4))]
     if direction is not None:
         inner = direction if matrix is None else matrix.T @ direction
         starts += [box.bound * np.sign(inner), -box.bound * np.sign(inner)]

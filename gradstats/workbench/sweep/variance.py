@@ -74,7 +74,7 @@ def gradient_variance(
     batch_sizes: Sequence[int],
     *,
     seed: int = 0,
-    precision: float = 0.01,
+    precision: float = 0.02,
     micro_batch_size: int | None = None,
     measured: bool = True,
     stop: Callable[[], bool] = lambda: False,
