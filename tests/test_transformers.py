@@ -174,16 +174,20 @@ def test_a_resumed_run_goes_on_as_the_whole_one(tmp_path, restore) -> None:
 
 
 def test_a_run_resumed_after_a_change_says_what_is_seen_again(tmp_path) -> None:
-    options = {"schedule": Schedule(SIZES, every=1)}
-    settings = {"gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    """It goes on after 8 batches, which 3 does not divide: 3 a step from the next epoch on."""
+    rows, settings = [], {"gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    options = {"schedule": GROWING, "sinks": [rows_of(rows)]}
     train(gpt2(), texts(), tmp_path, options, save_strategy="steps", save_steps=4, **settings)
+    rows.clear()
     with pytest.warns(UserWarning, match=r"36 samples were seen, and the Trainer.* after 32"):
         _, callback = train(
             gpt2(), texts(), tmp_path, options, resume=str(tmp_path / "checkpoint-4"), **settings
         )
-    follower = callback.run.follower
-    assert follower.accumulation.batch_size == 12
-    assert follower.changes[-1].batch_size == 12
+    assert [row["batch_size"] for row in rows] == [8, 12, 12, 12, 4]
+    rates = [row["learning_rate"] for row in rows]
+    assert rates == pytest.approx([0.01, 0.015, 0.015, 0.015, 0.015])
+    found = [(c.step, c.batch_size) for c in callback.run.follower.changes]
+    assert found == [(3, 12), (5, 12)]
 
 
 def test_a_checkpoint_without_the_callback_is_gone_on_from(tmp_path) -> None:

@@ -103,6 +103,7 @@ class Watch:
         stats = self.run.measure()
         self.run.row(**({"loss": torch.stack(self._losses).mean()} if self._losses else {}))
         self._losses, self._batches, self._backwards = [], self._backwards, 0
+        self.extra_steps = 0
         return stats
 
     def _after_step(self, *_: object) -> None:

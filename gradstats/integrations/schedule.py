@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -119,6 +119,7 @@ class Follower:
         self.changes: list[BatchSizeChange] = []  # from when they held
         self._by_samples = schedule.by_samples
         self._steps = 0
+        self._resumed = False
         scaled = schedule.rule is not None or bool(schedule.half_life)
         self.scaling = _Scaling(accumulation, optimizer, schedule) if scaled else None
         try:
@@ -152,23 +153,31 @@ class Follower:
 
     def settle(self, batches: int) -> None:
         """Between two steps, after `batches` of the epoch: a size that is wanted holds, where it can."""
-        held = self.accumulation
-        if held.settle(batches):
-            if self.scaling is not None:
-                self.scaling.update(held.batch_size)
+        held, again = self.accumulation, self._resumed
+        self._resumed = False
+        if held.settle(batches) and not again:
             change = BatchSizeChange(self._steps, held.samples, held.batch_size, held.steps)
             self.changes.append(change)
+        # A resumed run whose size holds at once goes on with its scaling as it was.
+        if self.scaling is not None and self.scaling.batch_size != held.batch_size:
+            self.scaling.update(held.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
         return {
             "steps": self._steps,
             "samples": self.accumulation.samples,
+            "changes": [asdict(change) for change in self.changes],
             "scheduler": self.scheduler.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`; its batch size is wanted, and holds once `settle` lets it."""
+        """Go on from `state_dict()`; its batch size is wanted, and holds once `settle` lets it.
+
+        To be followed by `settle`.
+        """
+        self._resumed = True
+        self.changes = [BatchSizeChange(**change) for change in state["changes"]]
         self._steps = state["steps"]
         self.accumulation.samples = state["samples"]
         self.scheduler.load_state_dict(state["scheduler"])
