@@ -60,9 +60,10 @@ class Browser:
         self._session = None
         try:
             self.call("Browser.close")
-        except (OSError, RuntimeError):
+            self._process.wait(self._timeout)
+        except (OSError, RuntimeError, subprocess.TimeoutExpired):
             self._process.kill()
-        self._process.wait()
+            self._process.wait()
         os.close(self._in)
         os.close(self._out)
 

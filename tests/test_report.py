@@ -162,7 +162,7 @@ def test_two_trainings_are_compared_where_the_shorter_ends(tmp_path) -> None:
     other = files.log(tmp_path / "short.jsonl", short_rows)
     reasons = made(one, other).verdict.reasons
     assert "At 16,000 samples the smoothed losses were: short 1, long 2" in reasons
-    assert "After 25 seconds the smoothed losses were: short 1, long 2" in reasons
+    assert "After 25 s the smoothed losses were: short 1, long 2" in reasons
 
 
 # ---- sections and remarks ----------------------------------------------------------------------
@@ -184,6 +184,7 @@ def test_sections_are_those_with_data(tmp_path, everything) -> None:
     plain = made(files.log(tmp_path / "plain.jsonl", [{"step": 1, "loss": 2.0, "accuracy": 0.5}]))
     assert {"noise", "trade", "layers"}.isdisjoint(section.id for section in plain.sections)
     assert any("no noise scale" in remark.text for remark in plain.remarks)
+    assert titles(plain) == ["Loss by steps"]
 
 
 def test_every_figure_says_how_to_read_it(everything) -> None:

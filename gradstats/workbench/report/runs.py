@@ -13,7 +13,7 @@ from gradstats.workbench.report.figures import Axis, Figure, Line, Section, Tabl
 from gradstats.workbench.report.inputs import Run
 from gradstats.workbench.report.thinning import POINTS, envelope, kept_indices, smoothed
 
-__all__ = ["loss", "loss_at", "of", "other_numbers", "schedule", "speed", "summary"]
+__all__ = ["duration", "loss", "loss_at", "of", "other_numbers", "schedule", "speed", "summary"]
 
 SHARE = "layer_share/"
 SMOOTHING = 40  # a loss is the mean over so small a part of the run, to either side
@@ -45,7 +45,7 @@ def summary(runs: Sequence[Run]) -> Section:
     for name, text in (
         ("steps", lambda r: _count(r.last("step"))),
         ("samples", lambda r: _count(r.last("samples"))),
-        ("time", lambda r: _duration(r.last("seconds"))),
+        ("time", lambda r: duration(r.last("seconds"))),
         ("samples per second", lambda r: _number(_throughput(r))),
         ("batch size", lambda r: _count(r.last("batch_size"))),
         ("learning rate, last and highest", _rates),
@@ -75,7 +75,7 @@ def _at_equal(runs: Sequence[Run]) -> Table:
         if not all(map(math.isfinite, ends)):
             continue
         end = min(ends)
-        shown = _duration(end) if key == "seconds" else _count(end)
+        shown = duration(end) if key == "seconds" else _count(end)
         rows.append([what.format(shown), *(_number(loss_at(run, key, end)) for run in runs)])
     return Table(
         ["smoothed loss", *(run.name for run in runs)],
@@ -101,7 +101,8 @@ def loss(runs: Sequence[Run]) -> Section:
     divisor, unit = hours([run.column("seconds") for run in runs])
     views = [("samples", SAMPLES, 1.0, "Loss by samples", "what the data buys")]
     views.append(("seconds", Axis(f"time ({unit})"), divisor, "Loss by time", "what waiting buys"))
-    if len(runs) > 1:
+    counted = any(np.isfinite(run.column("samples")).any() for run in runs)
+    if len(runs) > 1 or not counted:
         views.append(("step", Axis("optimizer steps"), 1.0, "Loss by steps", "what a step buys"))
     for key, axis, scale, title, buys in views:
         lines = [line for i, run in enumerate(runs) for line in _loss_lines(run, key, scale, i)]
@@ -250,7 +251,8 @@ def _number(value: float) -> str:
     return readable(value) if math.isfinite(value) else "–"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: ``2.86 s``, ``14 min 3 s``, ``7 h 12 min``."""
     if not math.isfinite(seconds):
         return "–"
     if seconds < 120:

@@ -11,7 +11,7 @@ from gradstats.workbench.report import findings
 from gradstats.workbench.report.advice_of import Basis
 from gradstats.workbench.report.findings import Verdict
 from gradstats.workbench.report.inputs import Input, Run
-from gradstats.workbench.report.runs import loss_at
+from gradstats.workbench.report.runs import duration, loss_at
 
 __all__ = ["verdict"]
 
@@ -76,15 +76,14 @@ def _width(basis: Basis) -> float:
 def _compared(runs: Sequence[Run]) -> list[str]:
     """Which of several trainings was ahead at equal samples and equal time."""
     said = []
-    for key, at in (("samples", "At {} samples"), ("seconds", "After {} seconds")):
+    for key, at in (("samples", "At {} samples"), ("seconds", "After {}")):
         ends = [run.last(key) for run in runs]
         if len(runs) < 2 or not all(map(math.isfinite, ends)):
             continue
         reached = {run.name: loss_at(run, key, min(ends)) for run in runs}
+        end = duration(min(ends)) if key == "seconds" else f"{min(ends):,.0f}"
         if all(map(math.isfinite, reached.values())):
             order = sorted(reached, key=lambda name: reached[name])
             parts = [f"{name} {readable(reached[name])}" for name in order]
-            said.append(
-                f"{at.format(readable(min(ends)))} the smoothed losses were: {', '.join(parts)}"
-            )
+            said.append(f"{at.format(end)} the smoothed losses were: {', '.join(parts)}")
     return said
