@@ -40,6 +40,13 @@ def test_command_line(run) -> None:
     assert "BatchNorm1d) lets samples influence each other" in out
 
 
+@pytest.mark.parametrize("name", ["tensors", "dataset", "loader", "whole"])
+def test_what_the_other_commands_take_is_checked_too(run, name: str) -> None:
+    code, out, err = run(f"workloads:{name}", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["ok"] is True
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [

@@ -92,6 +92,14 @@ def test_files(parts, tmp_path) -> None:
     assert [float(row["loss"]) for row in table] == [row["loss"] for row in rows]
 
 
+def test_the_last_steps_are_in_the_file_when_it_is_closed(parts, tmp_path) -> None:
+    model, optimizer, monitor = parts
+    log = gradstats.Log(monitor, JsonLines(tmp_path / "run.jsonl"), every=4)
+    train(log, model, optimizer, monitor, 6)
+    log.close()
+    assert [row["step"] for row in read_lines(tmp_path / "run.jsonl")[0]] == [1, 4, 6]
+
+
 def test_a_resumed_run_adds_to_its_files(parts, tmp_path) -> None:
     model, optimizer, monitor = parts
     paths = tmp_path / "run.jsonl", tmp_path / "run.csv"

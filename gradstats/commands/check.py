@@ -19,7 +19,8 @@ def register(application: Any) -> None:
     ) -> None:
         """Whether the statistics are exact on your model, compared with plain autograd.
 
-        FACTORY is a function without arguments that returns (model, loss_fn, batch). Exits with 0
+        FACTORY is a function without arguments that returns (model, loss_fn, batch), or what the other
+        commands take: data in the place of the batch, an optimizer, a gradstats.Workload. Exits with 0
         where everything is exact, 1 where something is wrong or not measured, 2 where the factory
         or an argument cannot be used.
         """

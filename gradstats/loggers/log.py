@@ -91,7 +91,8 @@ class Log:
         return row
 
     def close(self) -> None:
-        """Close the sinks that can be closed."""
+        """Make the row of the last steps, where one is due, and close the sinks that can be closed."""
+        self.flush()
         for sink in self.sinks:
             close = getattr(sink, "close", None)
             if close is not None:
