@@ -213,7 +213,7 @@ def curve(count, *, turn=None, rise=0.0, noise=0.03, rho=0.3, train=None, seed=0
 def test_a_certain_rise_is_overfitting():
     found = overfitting([curve(60, turn=0.4, rise=0.5)])
     assert found.kind == "overfitting"
-    assert 0.2 < found.low < found.rise < 0.6
+    assert 0.15 < found.low < found.rise < 0.6
     assert 10 < found.since < 45
     assert "it overfits" in str(found)
     diverging = overfitting([curve(60, turn=0.4, rise=0.5, train=lambda t: 1 + t)])

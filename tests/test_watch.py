@@ -109,8 +109,8 @@ def test_state():
     assert state.last["step"] == 30
     assert state.samples_per_second == pytest.approx(160)
     assert list(state.layers.items()) == [("b.weight", 0.75), ("a.weight", 0.25)]
-    assert state.warnings == ()
-    assert state_of([]).warnings == ()
+    assert state.warnings == {}
+    assert state_of([]).warnings == {}
 
 
 @pytest.mark.parametrize(
@@ -130,19 +130,19 @@ def test_state():
     ],
 )  # fmt: skip
 def test_warnings(changed, options, words):
-    (warning,) = state_of(rows(10, 20, 30, **changed), **options).warnings
+    (warning,) = state_of(rows(10, 20, 30, **changed), **options).warnings.values()
     assert words in warning
 
 
 def test_a_slow_log_is_not_taken_for_a_stalled_one():
     slow = [{**ROW, "step": s, "seconds": 100.0 * s} for s in (1, 2, 3)]
-    assert state_of(slow, age=400.0).warnings == ()
-    assert "ended, or hangs" in state_of(slow, age=600.0).warnings[0]
+    assert state_of(slow, age=400.0).warnings == {}
+    assert "ended, or hangs" in state_of(slow, age=600.0).warnings["stalled"]
 
 
 def test_a_log_without_noise_scales_is_told():
-    (warning,) = state_of([{"step": 1, "loss": 2.0}]).warnings
-    assert "this log holds no noise scale" in warning
+    warnings = state_of([{"step": 1, "loss": 2.0}]).warnings
+    assert "this log holds no noise scale" in warnings["noise"]
 
 
 # ---- charts --------------------------------------------------------------------------------------

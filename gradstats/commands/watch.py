@@ -111,11 +111,11 @@ def _print_rows(follower: Any, interval: float, console: Any) -> None:
             if row["step"] > shown:
                 console.print(_line(row), markup=False, soft_wrap=True)
         shown = follower.rows[-1]["step"] if follower.rows else -1.0
-        for text in _state(follower).warnings:
-            kind = text.partition(" ")[2][:20]  # numbers in it change all the time
+        warnings = _state(follower).warnings
+        for kind, text in warnings.items():
             if kind not in said:
-                said.add(kind)
                 console.print(f"warning: {text}", markup=False, soft_wrap=True)
+        said = set(warnings)  # what is over and comes back is said again
         time.sleep(interval)
         follower.read()
 
@@ -154,7 +154,7 @@ def _view(follower: Any, state: Any, console: Any) -> Any:
         width = max(len(name) for name in list(state.layers)[:LAYERS])
         for name, share in list(state.layers.items())[:LAYERS]:
             parts.append(Text(f"  {name:<{width}}  {share:6.1%}  {shares_bar(share, console)}"))
-    parts += [Text(f"! {text}", style="yellow") for text in state.warnings]
+    parts += [Text(f"! {text}", style="yellow") for text in state.warnings.values()]
     return Group(*parts)
 
 

@@ -22,9 +22,8 @@ __all__ = ["FEWEST", "Curve", "Trend", "overfitting"]
 FEWEST = 16  # evaluations of one training
 MANY = 48  # from which on there are eight stretches, not four
 STEADY = 0.9  # the largest autocorrelation that is believed
-CAUTION = (
-    1.0  # standard errors (1/√n, roughly) that an autocorrelation is taken to be above its estimate
-)
+# Standard errors (1/√n, roughly) that an autocorrelation is taken to be above its estimate.
+CAUTION = 1.5
 BENT = 12  # evaluations of a stretch from which on its slope may change within it
 REPLICAS = 3  # trainings of one kind that are compared with each other, not within themselves
 

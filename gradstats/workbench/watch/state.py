@@ -26,7 +26,8 @@ class State:
     """The last row and what follows from all of them.
 
     `age`: seconds since the log was written to; `samples_per_second` over the last rows; `layers`: shares
-    of tr Σ by parameter, the largest first; `warnings`: sentences. None where not known.
+    of tr Σ by parameter, the largest first; `warnings`: sentences by what they are about.
+    None where not known.
     """
 
     rows: int
@@ -34,11 +35,11 @@ class State:
     samples_per_second: float | None
     age: float | None
     layers: Mapping[str, float]
-    warnings: tuple[str, ...]
+    warnings: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
-        return {**asdict(self), "warnings": list(self.warnings)}
+        return asdict(self)
 
 
 def state_of(
@@ -62,7 +63,7 @@ def state_of(
         samples_per_second=speed(rows),
         age=age,
         layers=dict(sorted(shares.items(), key=lambda item: -item[1])),
-        warnings=tuple([*_file(rows, age, spoilt, restarts, resumed), *_training(last)]),
+        warnings=_file(rows, age, spoilt, restarts, resumed) | _training(last),
     )
 
 
@@ -87,61 +88,64 @@ def speed(rows: Sequence[Row]) -> float | None:
 
 def _file(
     rows: Sequence[Row], age: float | None, spoilt: int, restarts: int, resumed: int
-) -> list[str]:
-    found = []
+) -> dict[str, str]:
+    found = {}
     times = [t for row in rows[-RECENT:] if (t := number(row, "seconds")) is not None]
     gaps = [b - a for a, b in pairwise(times) if b > a]
     usual = statistics.median(gaps) if gaps else 0.0
     if rows and age is not None and age > max(PATIENCE * usual, FEWEST_SECONDS):
         came = f" (rows came every {_duration(usual)})" if gaps else ""
-        found.append(f"no new row for {_duration(age)}{came}: the training has ended, or hangs")
+        found["stalled"] = (
+            f"no new row for {_duration(age)}{came}: the training has ended, or hangs"
+        )
     if spoilt:
-        found.append(f"{_count(spoilt, 'line')} of the file hold no row, and were passed over")
+        lines = _count(spoilt, "line")
+        found["spoilt"] = f"{lines} of the file hold no row, and were passed over"
     if restarts:
-        found.append(f"the file began anew {_count(restarts, 'time')}")
+        found["restarted"] = f"the file began anew {_count(restarts, 'time')}"
     if resumed:
-        found.append(f"the training went back to an earlier step {_count(resumed, 'time')}")
+        found["resumed"] = f"the training went back to an earlier step {_count(resumed, 'time')}"
     return found
 
 
-def _training(last: Row) -> list[str]:
+def _training(last: Row) -> dict[str, str]:
     if not last:
-        return []
-    found = []
+        return {}
+    found = {}
     if "loss" in last and number(last, "loss") is None:
-        found.append("the loss is not a number: the training has diverged")
-    found += _noise(last)
+        found["diverged"] = "the loss is not a number: the training has diverged"
+    found |= _noise(last)
     coverage = number(last, "coverage")
     if coverage is not None and coverage < 1:
-        found.append(
+        found["coverage"] = (
             f"the noise scale speaks for {100 * coverage:.3g}% of the trainable parameters only "
             "(coverage.missing of the monitor's record says why)"
         )
     skipped = number(last, "num_skipped")
     if skipped:
-        found.append(
+        found["skipped"] = (
             f"{_count(int(skipped), 'step')} left out of the noise scale: not finite, or of fewer than "
             "two samples"
         )
     return found
 
 
-def _noise(last: Row) -> list[str]:
+def _noise(last: Row) -> dict[str, str]:
     """What the interval says of the batch size that is used."""
     if "noise_scale" not in last:
-        return ["this log holds no noise scale: is it one of gradstats.Log?"]
+        return {"noise": "this log holds no noise scale: is it one of gradstats.Log?"}
     low, high = number(last, "noise_scale_low") or 0.0, number(last, "noise_scale_high")
     batch = number(last, "batch_size")
-    found = []
     if high is None or high > WIDEST_USEFUL * low:
-        found.append("the noise scale's interval is too wide to act on: measure more steps")
-    elif batch is not None and not low <= batch <= high:
-        side, pays = ("below", "a larger one") if batch < low else ("above", "a smaller one")
-        found.append(
-            f"the batch of {readable(batch)} is {side} the noise scale's interval: {pays} takes fewer "
-            f"{'steps' if batch < low else 'samples'} at little cost (`gradstats advise`)"
-        )
-    return found
+        text = "the noise scale's interval is too wide to act on: measure more steps"
+        return {"uncertain": text}
+    if batch is None or low <= batch <= high:
+        return {}
+    side, pays = ("below", "a larger one") if batch < low else ("above", "a smaller one")
+    return {
+        "batch": f"the batch of {readable(batch)} is {side} the noise scale's interval: {pays} takes fewer "
+        f"{'steps' if batch < low else 'samples'} at little cost (`gradstats advise`)"
+    }
 
 
 def _duration(seconds: float) -> str:
