@@ -75,7 +75,7 @@ def test_trials_that_diverge_exit_with_one(run, tmp_path) -> None:
         (["workloads:absent", "--plans", "16x8"], "'absent' in module 'workloads' is not there"),
         (["workloads:no_scalar", "--plans", "16x8"], "it must give the mean loss, a scalar"),
         (["workloads:dropout", "--plans", "16"], "'16' is no plan"),
-        (["workloads:dropout", "--plans", "16x8", "--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["workloads:dropout", "--plans", "16x8", "--jobs", "0"], "jobs=0 must be at least 1"),
         (["workloads:dropout", "--plans", "16x8", "--subspace", "3"], "belongs to --sharpness"),
     ],
 )
@@ -83,3 +83,9 @@ def test_what_cannot_be_used_exits_with_two(run, tmp_path, args, message) -> Non
     code, out, err = run(*args, "--out", str(tmp_path / "s.json"))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
+
+
+def test_a_folder_is_no_result_file(run, tmp_path) -> None:
+    code, out, err = run("workloads:dropout", "--plans", "16x8", "--out", str(tmp_path))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "is a folder; name a file" in err

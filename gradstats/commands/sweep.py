@@ -101,10 +101,8 @@ def register(application: Any) -> None:
             from gradstats.workbench import saved
             from gradstats.workbench import sweep as sweeps
 
-            if jobs < 1 or (jobs > 1 and ray is not None):
-                raise InvalidArgumentError(
-                    f"--jobs {jobs} must be at least 1, and goes without --ray, which has jobs of its own"
-                )
+            if not out.name or out.is_dir():
+                raise InvalidArgumentError(f"--out {out} is a folder; name a file")
             if subspace is not None and not sharpness:
                 raise InvalidArgumentError("--subspace belongs to --sharpness; add it")
             settings = sweeps.Settings(

@@ -18,6 +18,7 @@ def remarks(
     first: First,
     trials: Sequence[Mapping[str, Any]],
     variance: Mapping[str, Any] | None,
+    steps: Mapping[str, Any] | None,
     jobs: int,
 ) -> list[str]:
     """In the order of their weight."""
@@ -55,6 +56,11 @@ def remarks(
         found.append(
             "the gradient's variance was not measured: it was stopped, or the first plan's first trial did "
             "not get half-way"
+        )
+    if settings.target_loss is not None and steps is None:
+        found.append(
+            f"steps to a loss of {settings.target_loss:g} are not shown: fewer than three batch sizes "
+            "reach it in every trial"
         )
     if jobs > 1:
         found.append(f"seconds are those of up to {jobs} trials at a time on one machine")

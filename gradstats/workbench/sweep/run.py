@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradstats.errors import GradStatsError
+from gradstats.errors import GradStatsError, InvalidArgumentError
 from gradstats.workbench import saved
 from gradstats.workbench.sweep import summary as summaries
 from gradstats.workbench.sweep.first import First, look_over
@@ -112,6 +112,10 @@ def sweep(
         InvalidArgumentError: an argument cannot be used; the folder is of another sweep.
         GradStatsError: the noise scale could not be measured, or the cluster not reached.
     """
+    if jobs < 1 or (jobs > 1 and ray is not None):
+        raise InvalidArgumentError(
+            f"jobs={jobs} must be at least 1, and 1 with ray, which runs as many as the cluster has room for"
+        )
     with ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -134,7 +138,7 @@ def sweep(
         missing = len(trials) < len(settings.plans) * settings.seeds
         interrupted = stop() and (missing or (settings.variance and variance is None))
         steps = summaries.steps_to_target(trials, settings.target_loss)
-        notes = remarks(settings, first, trials, variance, jobs)
+        notes = remarks(settings, first, trials, variance, steps, jobs)
         return Sweep(
             settings.target, {**settings.fixed(), **fixed, "seeds": settings.seeds}, trials, variance, steps,
             notes, interrupted,

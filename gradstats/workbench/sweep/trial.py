@@ -173,9 +173,8 @@ class Training:
 
     def _set_rate(self) -> None:
         trial = self.trial
-        factor = rate_factor(self.step / trial.plan.steps, trial.warm_up, trial.decay)
-        if self.step == 0 and trial.warm_up:
-            factor = min(1.0, 1 / (trial.warm_up * trial.plan.steps))
+        middle = (self.step + 0.5) / trial.plan.steps  # of the step's share of the samples
+        factor = rate_factor(middle, trial.warm_up, trial.decay)
         scale = trial.learning_rate / self._rates[0] * factor
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             if isinstance(group["lr"], Tensor):
