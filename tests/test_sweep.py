@@ -211,7 +211,7 @@ def test_a_trial_that_diverges_is_left_out() -> None:
 def test_a_sweep_that_is_killed_goes_on_bit_by_bit(tmp_path) -> None:
     script = Path(__file__).with_name("killed_sweep.py")
     run = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "10"],
+        [sys.executable, str(script), str(tmp_path), "6"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
