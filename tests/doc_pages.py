@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -320,6 +321,9 @@ def integrations(names: Names, out: Out) -> Iterator[None]:
     yield  # Weights & Biases
     names["run"].finish()
     yield  # MLflow
+    names["sink"]({"step": 1, "loss": 1.5, "noise_scale": math.inf}, 1)
+    kept = names["mlflow"].get_run(names["sink"].run_id).data.metrics
+    assert kept == {"gradstats/loss": 1.5}
     names["mlflow"].end_run()
     names["mlflow"].set_tracking_uri("")
     out()
