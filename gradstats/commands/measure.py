@@ -151,8 +151,8 @@ def _show(found: Any, files: list[str]) -> None:
     if found.overhead is not None:
         cost = found.overhead
         say(
-            f"a step takes {cost.plain * 1e3:.3g} ms, measured {cost.measured * 1e3:.3g} ms: "
-            f"{cost.ratio:.2f} × ({cost.low:.2f} to {cost.high:.2f})"
+            f"a step takes {cost.plain * 1e3:.3g} ms, measured {cost.measured * 1e3:.3g} ms (medians); "
+            f"neighbours differ by {cost.ratio:.2f} × ({cost.low:.2f} to {cost.high:.2f})"
         )
     if found.timing is not None:
         say(str(found.timing))

@@ -1,19 +1,20 @@
-"""What to do where a batch is large: by itself, for the data, or for the noise scale."""
+"""What to do where a batch is large: by itself, or for the data."""
 
 from __future__ import annotations
 
 import math
 
+from gradstats.estimators import readable, samples_ratio
 from gradstats.workbench.advise.remark import Remark
 
-__all__ = ["large_batch_remarks", "why_large"]
+__all__ = ["above_noise", "large_batch_remarks", "why_large"]
 
 GOYAL_LIMIT = 8192  # samples up to which the linear rule kept ResNet-50's accuracy on ImageNet
 KESKAR_PART = 0.1  # of the data: what Keskar et al. 2017 (arXiv:1609.04836) call a large batch
 
 
-def why_large(batch_size: int, noise_high: float, data_samples: int | None) -> list[str]:
-    """In what ways a batch is large; empty where it is not. `noise_high`: upper end of the noise scale."""
+def why_large(batch_size: int, data_samples: int | None) -> list[str]:
+    """In what ways a batch is large; empty where it is not."""
     found = []
     if batch_size > GOYAL_LIMIT:
         found.append(
@@ -22,16 +23,23 @@ def why_large(batch_size: int, noise_high: float, data_samples: int | None) -> l
         )
     if data_samples and batch_size >= KESKAR_PART * data_samples:
         found.append(
-            f"a batch holds {batch_size / data_samples:.0%} of the data, and from 10% on they "
-            "were found to end "
-            "in sharper minima (Keskar et al. 2017, arXiv:1609.04836)"
-        )
-    if math.isfinite(noise_high) and batch_size > noise_high:
-        found.append(
-            "the batch is above the noise scale's interval: more than half of its samples do nothing for a "
-            "step (McCandlish et al. 2018, arXiv:1812.06162)"
+            f"a batch holds {batch_size / data_samples:.0%} of the data, and from 10% on they were found "
+            "to end in sharper minima (Keskar et al. 2017, arXiv:1609.04836)"
         )
     return found
+
+
+def above_noise(batch_size: int, noise_high: float) -> list[Remark]:
+    """Where a batch is surely above the noise scale, whose upper end is given."""
+    if not math.isfinite(noise_high) or batch_size <= noise_high:
+        return []
+    more = samples_ratio(batch_size, noise_high)
+    text = (
+        f"the batch is above the noise scale's interval: a target takes {readable(more)} × the "
+        "fewest samples "
+        "or more, for the sake of time"
+    )
+    return [Remark("batch size", text, "McCandlish et al. 2018, arXiv:1812.06162, section 2.3")]
 
 
 def large_batch_remarks(whys: list[str], optimizer: str | None) -> list[Remark]:

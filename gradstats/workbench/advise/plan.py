@@ -16,7 +16,7 @@ from gradstats.errors import InvalidArgumentError
 from gradstats.estimators import readable, require, whole
 from gradstats.layouts import LARGEST, split
 from gradstats.workbench.advise.evidence import Evidence
-from gradstats.workbench.advise.large_batches import large_batch_remarks, why_large
+from gradstats.workbench.advise.large_batches import above_noise, large_batch_remarks, why_large
 from gradstats.workbench.advise.normalisation import batch_norm_remarks
 from gradstats.workbench.advise.overfitting import Trend, overfitting
 from gradstats.workbench.advise.remark import Remark
@@ -177,9 +177,9 @@ def advise(
     )
     reasons += why + why_warm + _lengths(advice, steps_left)
     remarks = batch_norm_remarks(names, advice.micro_batch_size, advice.world_size)
-    end = evidence.noise.high * (evidence.critical or 1.0)
-    large = why_large(advice.batch_size, end, evidence.data_samples)
+    large = why_large(advice.batch_size, evidence.data_samples)
     remarks += large_batch_remarks(large, evidence.optimizer)
+    remarks += above_noise(advice.batch_size, evidence.noise.high * (evidence.critical or 1.0))
     remarks += _machine(evidence, ranks, collective_seconds, worlds is not None)
     remarks += _trained(evidence, trends)
     return Advised(plan, tuple(reasons), tuple(remarks), advice, trends, evidence.sources)
@@ -245,7 +245,7 @@ def _started(
     if layout is not None:
         remarks += batch_norm_remarks(names, layout.micro_batch_size, ranks)
     if in_samples:
-        remarks += large_batch_remarks(why_large(size, math.inf, data), point.optimizer)
+        remarks += large_batch_remarks(why_large(size, data), point.optimizer)
     remarks += _trained(evidence, trends)
     return Advised(plan, tuple(reasons), tuple(remarks), None, trends, evidence.sources)
 
