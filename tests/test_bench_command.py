@@ -161,12 +161,20 @@ def test_noise_is_no_change_and_a_change_is_found() -> None:
     assert covered > 93
 
 
-def test_ratios_are_compared_where_a_reference_was_timed_in_turns() -> None:
+def compare_reference_left_out(old, new, folder):
+    plain = timed("plain", noisy(5), variant="plain", reference="plain", ratio=1.0).to_dict()
+    for name, mark in (("old.json", old), ("new.json", new)):
+        (folder / name).write_text(json.dumps({"benchmarks": [mark, plain]}))
+    return [c.name for c in compare_files(folder / "old.json", folder / "new.json").changes]
+
+
+def test_ratios_are_compared_where_a_reference_was_timed_in_turns(tmp_path) -> None:
     extra = {"reference": "plain", "ratio": 1.05, "ratio_low": 1.04, "ratio_high": 1.06}
     old = timed("x", noisy(0), **extra).to_dict()
     new = timed("x", noisy(1, 2.0), **extra).to_dict()  # the whole machine was twice as slow
     same = change(old, new)
     assert (same.of, same.ratio, same.verdict) == ("ratio to plain", 1.0, "same")
+    assert compare_reference_left_out(old, new, tmp_path) == ["x"]
     new["extra_info"]["reference"] = "torch"
     assert change(old, new).verdict == "slower"  # in seconds
     assert change(old, new).ratio == pytest.approx(2.0, rel=0.1)
@@ -345,7 +353,7 @@ def test_interrupted(run, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr("gradstats.workbench.bench.steps.measure", interrupted)
     out = tmp_path / "b.json"
-    code, text, err = run("--quick", "--ops", "linear", "--models", "mlp", "--out", out)
+    code, text, err = run("--quick", "--ops", "layer_norm", "--models", "mlp", "--out", out)
     assert (code, text) == (130, "")
     assert f"what was timed is in {out}" in err
     assert len(saved.read(out, "bench")["ops"]) == 3

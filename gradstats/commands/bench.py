@@ -143,15 +143,14 @@ def _compare(old: Path, new: Path, fail_on: float, as_json: bool) -> int:
     from gradstats.terminal import console_and_table
 
     console, make_table = console_and_table()
-    table = make_table("benchmark", "of", "old", "new", "new / old", "99% interval", "")
+    table = make_table("benchmark", "old", "new", "new / old, 99%", "")
+    table.columns[3].no_wrap = True
     for change in found.changes:
         table.add_row(
-            change.name,
-            change.of,
-            f"{change.old:.3g}",
-            f"{change.new:.3g}",
-            f"{change.ratio:.3f}",
-            f"{change.low:.3f} to {change.high:.3f}",
+            change.name.replace(", threads ", ", "),
+            _measured(change, change.old),
+            _measured(change, change.new),
+            f"{change.ratio:.2f} ({change.low:.2f}–{change.high:.2f})",
             "" if change.verdict == "same" else change.verdict,
             style={"slower": "red", "faster": "green"}.get(change.verdict),
         )
@@ -163,6 +162,13 @@ def _compare(old: Path, new: Path, fail_on: float, as_json: bool) -> int:
         f"{len(worse)} of {len(found.changes)} slower beyond their noise and by {fail_on:g} or more."
     )
     return 1 if worse else 0
+
+
+def _measured(change: Any, value: float) -> str:
+    """A time, or how many times that of the reference it is."""
+    if change.of == "seconds":
+        return f"{value * 1e3:.3g} ms"
+    return f"{value:.3g} × {change.of.removeprefix('ratio to ')}"
 
 
 def _show(found: Any, out: Optional[Path]) -> None:  # noqa: UP045

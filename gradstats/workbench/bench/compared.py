@@ -68,9 +68,14 @@ class Comparison:
 def compare_files(old: Path, new: Path, *, confidence: float = 0.99) -> Comparison:
     """The benchmarks of two files of pytest-benchmark's format, matched by their full names.
 
+    References that others are ratios to are left out: they are one by definition.
+
     Raises InvalidArgumentError where a file cannot be read, or they have no benchmark in common.
     """
-    first, second = ({mark["fullname"]: mark for mark in read(path)} for path in (old, new))
+    first, second = (
+        {mark["fullname"]: mark for mark in read(path) if not _is_reference(mark)}
+        for path in (old, new)
+    )
     both = [name for name in first if name in second]
     if not both:
         raise InvalidArgumentError(f"{old} and {new} have no benchmark in common")
@@ -108,6 +113,11 @@ def change(old: Mapping[str, Any], new: Mapping[str, Any], confidence: float = 0
     freedom = max(1, round(EFFICIENCY * rounds))
     reach = math.exp(critical_value(freedom, confidence) * math.hypot(error, other))
     return Change(new["name"], before, after, ratio, ratio / reach, ratio * reach, of)
+
+
+def _is_reference(mark: Mapping[str, Any]) -> bool:
+    extra = mark.get("extra_info") or {}
+    return "reference" in extra and extra.get("variant") == extra["reference"]
 
 
 def _median(stats: Mapping[str, float]) -> tuple[float, float]:

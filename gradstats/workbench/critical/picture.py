@@ -72,7 +72,10 @@ def _differences(axes: Any, found: Critical) -> None:
     label = f"tolerance {found.tolerance:.3g}"
     axes.axhline(found.tolerance, color=GREY, linestyle=(0, (5, 3)), linewidth=1.5, label=label)
     high = found.branches[-1].batch_size if found.high is None else found.high
-    axes.axvspan(found.low, high, color=ORANGE, alpha=0.15, linewidth=0)
+    label = (
+        f"its {found.confidence:.0%} interval{'' if found.high is not None else ', no upper end'}"
+    )
+    axes.axvspan(found.low, high, color=ORANGE, alpha=0.15, linewidth=0, label=label)
     least = "" if found.reached else "at least "
     label = f"critical batch size, {least}{found.critical_batch_size:,.4g}"
     axes.axvline(found.critical_batch_size, color=ORANGE, linewidth=2, label=label)
@@ -84,4 +87,4 @@ def _differences(axes: Any, found: Critical) -> None:
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.set_xlabel("batch size")
     axes.set_ylabel("smoothed loss above the unbranched run's")
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(loc="upper left", framealpha=0.9, edgecolor="none")
