@@ -129,6 +129,7 @@ def trial(seed: int, max_size: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first trial")
     parser.add_argument("--max-size", type=int, default=65536)
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--train", type=int, nargs=3, help=argparse.SUPPRESS)
@@ -137,7 +138,7 @@ def main() -> None:
         train(*given.train)
         return
     rows = []
-    for seed in range(given.trials):
+    for seed in range(given.first, given.first + given.trials):
         rows.append(row := trial(seed, given.max_size))
         print({key: value for key, value in row.items() if key != "seed"}, flush=True)
         if given.json:

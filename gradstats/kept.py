@@ -22,6 +22,8 @@ PutBack = Callable[[], object]
 def kept(things: Iterable[Any]) -> PutBack:
     """Copy the state of `things` and of the random number generators; call what it returns to put it back.
 
+    It may be called any number of times.
+
     Modules: parameters, their gradients, buffers (those outside of checkpoints too) and modes. Optimizers:
     state, hyperparameters, and the parameters they step. `torch.Generator`s. Anything else by its
     `state_dict` and `load_state_dict`. Tensors are written in place, so that whoever holds one (a
@@ -38,7 +40,7 @@ def kept(things: Iterable[Any]) -> PutBack:
         elif isinstance(thing, torch.Generator):
             back.append(partial(thing.set_state, thing.get_state()))
         elif hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict"):
-            back.append(partial(thing.load_state_dict, copy.deepcopy(thing.state_dict())))
+            back.append(partial(_load, thing, copy.deepcopy(thing.state_dict())))
         else:
             raise InvalidArgumentError(
                 f"the state of a {type(thing).__name__} cannot be kept: it has no state_dict() and "
@@ -51,6 +53,10 @@ def kept(things: Iterable[Any]) -> PutBack:
                 write()
 
     return put_back
+
+
+def _load(thing: Any, state: Any) -> None:
+    thing.load_state_dict(copy.deepcopy(state))  # which it may keep, and change
 
 
 def _random_numbers() -> PutBack:
@@ -136,7 +142,7 @@ def _write_entries(held: dict[str, Any], entries: dict[str, tuple[Any, Any]]) ->
             held[key] = value
             _write(value, old)
         else:
-            held[key] = old
+            held[key] = list(old) if key == "params" else copy.deepcopy(old)
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@ COMMANDS = (
     "check",
     "measure",
     "vram",
+    "lr_range",
     "sweep",
     "critical",
     "bench",
