@@ -23,9 +23,13 @@ class Schedule:
     Args:
         policy: of `gradstats.schedulers`, or a function of `gradstats.schedulers.Seen`.
         rule: how the learning rate follows: "linear", "sqrt", "noise", or None where it stays.
-        half_life, warm_up: as of `gradstats.BatchScaling`.
-        min_batch_size, max_batch_size, every, cooldown, tokens_per_sample: as of
-            `gradstats.BatchSizeScheduler`.
+        half_life: as of `gradstats.BatchScaling`, like the next.
+        warm_up: in samples.
+        min_batch_size: as of `gradstats.BatchSizeScheduler`, like the next four.
+        max_batch_size: in samples over all processes.
+        every: optimizer steps from one decision to the next.
+        cooldown: optimizer steps for which the size stays after a change.
+        tokens_per_sample: where the monitor counts tokens.
         micro_batch_size: samples of one backward on one process, where the trainer does not say it.
         by_samples: step the learning-rate schedule so often that it takes as many samples as at the
             first batch size: twice in a step of twice the batch.
