@@ -305,7 +305,6 @@ def integrations(names: Names, out: Out) -> Iterator[None]:
     )
     yield  # Lightning
     assert names["callback"].monitor.noise_scale().num_steps == 12
-    names["lightning_callback"] = names["GradStatsCallback"]
     yield  # transformers
     assert names["callback"].monitor.noise_scale().num_steps == 3
     names["accelerator"] = names["accelerate"].Accelerator(cpu=True, gradient_accumulation_steps=2)
