@@ -13,7 +13,6 @@ from gradstats.loggers import Row
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
-LOSS_ROWS = 5  # of the smoothed loss
 
 
 def draw(rows: list[Row], batch_size: int, title: str, unit: str, path: Path) -> None:
@@ -45,22 +44,10 @@ def draw(rows: list[Row], batch_size: int, title: str, unit: str, path: Path) ->
 def _loss(axes: Any, rows: list[Row]) -> None:
     known = [row for row in rows if math.isfinite(row["loss"])]
     samples, losses = [row["samples"] for row in known], [row["loss"] for row in known]
-    axes.plot(
-        samples, losses, color=BLUE, alpha=0.3, linewidth=0.8, label=f"mean of {READ_EVERY} steps"
-    )
-    axes.plot(samples, _smooth(losses), color=BLUE, linewidth=2, label="smoothed")
+    axes.plot(samples, losses, color=BLUE, linewidth=2, label=f"mean of {READ_EVERY} steps")
     axes.set_ylabel("loss (nats)")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, loc="upper right")
-
-
-def _smooth(values: list[float]) -> list[float]:
-    """A bias-corrected exponential moving average."""
-    keep, total, weight, smooth = 1 - 1 / LOSS_ROWS, 0.0, 0.0, []
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        smooth.append(total / weight)
-    return smooth
 
 
 def _noise(axes: Any, rows: list[Row], batch_size: int) -> None:
