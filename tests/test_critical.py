@@ -17,7 +17,7 @@ from gradstats.errors import InvalidArgumentError
 from gradstats.schedulers import Seen, noise_scale
 from gradstats.workbench import saved
 from gradstats.workbench.critical import Settings, Tolerance, decide, measure_critical
-from gradstats.workbench.critical.decision import Run, smoothed
+from gradstats.workbench.critical.result import Run, smoothed
 from gradstats.workbench.workload import load
 
 DIM, NOISE, RATE, BATCH = 16, 1.0, 0.02, 8

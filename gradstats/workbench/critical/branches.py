@@ -12,7 +12,7 @@ import torch
 from gradstats.errors import GradStatsError
 from gradstats.estimators import NoiseScale
 from gradstats.monitor import attach
-from gradstats.workbench.critical.decision import Run
+from gradstats.workbench.critical.result import Run
 from gradstats.workbench.workload import Workload
 
 __all__ = ["Evaluation", "branch", "noise_scale_at", "optimizer_of", "train"]

@@ -21,8 +21,9 @@ from gradstats.workbench.critical.branches import (
     train,
 )
 from gradstats.workbench.critical.checkpoint import load_checkpoint, save_checkpoint
-from gradstats.workbench.critical.decision import Critical, Run, Tolerance, decide
+from gradstats.workbench.critical.decision import decide
 from gradstats.workbench.critical.plan import Plan, Settings
+from gradstats.workbench.critical.result import Critical, Run, Tolerance
 from gradstats.workbench.workload import Workload
 
 __all__ = ["measure_critical"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstats.errors import GradStatsError, InvalidArgumentError
-from gradstats.workbench.critical.decision import Critical, smoothed
+from gradstats.workbench.critical.result import Critical, smoothed
 
 __all__ = ["draw", "drawable"]
 
