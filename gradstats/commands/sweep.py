@@ -62,7 +62,7 @@ def register(application: Any) -> None:
         variance: Annotated[
             bool, typer.Option(help="Measure the gradient's variance against 1/B.")
         ] = True,
-        precision: Annotated[float, typer.Option(help="Standard error of that variance.")] = 0.01,
+        precision: Annotated[float, typer.Option(help="Standard error of that variance.")] = 0.02,
         target_loss: Annotated[
             Optional[float],  # noqa: UP045
             typer.Option(help="For steps to it. Default: the lowest that all reach."),

@@ -135,7 +135,8 @@ class Verdict:
 
     def __str__(self) -> str:
         what = self.measure.replace("_", " ")
-        after = f"after {readable(self.budget)} {UNITS[self.by]} each"
+        budget = readable(self.budget) if self.by == "seconds" else f"{self.budget:,.0f}"
+        after = f"after {budget} {UNITS[self.by]} each"
         text = f"By {'time' if self.by == 'seconds' else self.by}, {after}: "
         text += f"{self.best} has the lowest {what}, {readable(self.means[self.best])}"
         for name, behind in self.behind.items():
