@@ -320,6 +320,24 @@ def test_files_of_every_kind_make_one_plan(files):
     assert json.dumps(saved.plain(found.to_dict()), allow_nan=False)
 
 
+def test_a_sweeps_seeds_are_tested_together(tmp_path):
+    curves = {}
+    for seed in range(3):
+        found = curve(10, turn=0.3, rise=0.4, seed=seed)
+        pairs = zip(found.train, found.validation, strict=True)
+        curves[seed] = [
+            {"step": 5 * i, "samples": 80 * i, "loss": t, "validation_loss": v}
+            for i, (t, v) in enumerate(pairs)
+        ]
+    failed = trials(16, [None])
+    content = {"trials": trials(16, [1.2, 1.3, 1.25], curves) + failed}
+    evidence = gather([write(tmp_path, "sweep", content)])
+    assert [len(group) for group in evidence.curves] == [3]
+    (trend,) = advise(replace(evidence, noise=NOISE, batch_size=64)).trends
+    assert trend.kind == "overfitting"
+    assert trend.name == "batches of 16 at 0.1"
+
+
 def test_numbers_survive_the_file(files):
     timing = fit_step_time({(m, k): [0.02 + 0.001 * m * k] for m in (16, 64) for k in (1, 2)})
     again = StepTime.from_dict(json.loads(json.dumps(timing.to_dict())))

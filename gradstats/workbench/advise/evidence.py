@@ -189,8 +189,9 @@ def _sweep(content: Mapping[str, Any]) -> Evidence:
         known = [v for t in trials if (v := t.get("validation_loss")) is not None]
         if known:
             ends[size, rate] = known
-    held = tuple(group for group in curves if all(curve.at for curve in group))
-    return Evidence(curves=held, sweep=ends, sources=(f"{len(content['trials'])} trainings",))
+    held = [tuple(curve for curve in group if curve.at) for group in curves]
+    evaluated = tuple(group for group in held if group)
+    return Evidence(curves=evaluated, sweep=ends, sources=(f"{len(content['trials'])} trainings",))
 
 
 def of_log(rows: Sequence[Mapping[str, Any]], name: str) -> Evidence:

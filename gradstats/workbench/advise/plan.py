@@ -137,7 +137,7 @@ def advise(
     advice = recommend(
         evidence.noise,
         batch_size=now,
-        learning_rate=evidence.learning_rate,
+        learning_rate=None if evidence.rates else evidence.learning_rate,  # see learning_rate_for
         optimizer=evidence.optimizer,
         step_seconds=evidence.timing,
         max_micro_batch_size=evidence.largest,
