@@ -153,6 +153,9 @@ def test_the_factor_holds_both_intervals() -> None:
     assert found.usable
     assert not decided(runs(1.0, 1.0, 1.3, seeds=1), noise=noise).usable
     assert decided(runs(2.1, 2.1, 2.5), noise=noise).calibration is None
+    first = decided(runs(1.0, 1.5, 1.9), noise=noise)  # 64 itself may be too large already
+    assert (first.calibration.low, first.usable) == (0.0, False)
+    assert math.isfinite(first.calibration.high)
 
 
 def test_a_diverged_branch_is_outside() -> None:

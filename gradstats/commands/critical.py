@@ -153,7 +153,9 @@ def _show(found: Any, noise_missing: str, files: list[Path]) -> None:
     if found.noise_scale is None:
         lines.append(f"the noise scale could not be measured: {noise_missing}")
     elif found.calibration is not None and not found.usable:
-        lines.append("The factor is not known well enough to act on; more --seeds narrow it.")
+        within = found.largest_within > found.batch_size
+        more = " More --seeds narrow it." if within and found.reached else ""
+        lines.append(f"The factor is not known well enough to act on.{more}")
     elif found.calibration is not None:
         lines.append(
             f"Use it: monitor.recommend(critical={readable(found.calibration.value)}), or the policy "

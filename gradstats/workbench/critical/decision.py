@@ -72,6 +72,8 @@ def decide(
     high_end = _crossing(sizes, [branch.low for branch in branches], allowed)
     outside = next((i for i, branch in enumerate(branches) if not branch.ok), len(branches))
     value = sizes[-1] if size is None else size
+    # Where no larger batch is within, the present one may be beyond the critical size already.
+    least = 0.0 if outside == 1 < len(branches) else low_end
     return Critical(
         batch_size=batch_size,
         branches=tuple(branches),
@@ -86,7 +88,7 @@ def decide(
         smoothing=smoothing,
         seeds=len(base),
         noise_scale=noise,
-        calibration=_calibration(value, low_end, high_end, noise) if fall > 0 else None,
+        calibration=_calibration(value, least, high_end, noise) if fall > 0 else None,
         remarks=tuple(_remarks(branches, size is not None, len(base), fall, allowed, runs)),
     )
 
@@ -132,8 +134,9 @@ def _calibration(
         return math.exp(math.hypot(*(math.log(ratio) for ratio in ratios)))
 
     factor = value / noise.value
-    below = reach(value / low, noise.high / noise.value) if noise.high < math.inf else math.inf
-    above = math.inf
+    below = above = math.inf
+    if low > 0 and noise.high < math.inf:
+        below = reach(max(value / low, 1.0), noise.high / noise.value)
     if high is not None and noise.low > 0:
         above = reach(max(high / value, 1.0), noise.value / noise.low)
     return Calibration(factor, factor / below, factor * above)

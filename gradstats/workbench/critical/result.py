@@ -100,7 +100,8 @@ class Critical:
     are the same for the ends of the differences' intervals, so they hold the size with `confidence`
     (as far as the differences grow with the batch); `high` is None where no size is surely outside.
     `largest_within`: the largest tested size up to which all are within. `calibration`: the critical size
-    over the noise scale at the same checkpoint, None where that is not known, or the loss did not fall.
+    over the noise scale at the same checkpoint, None where that is not known, or the loss did not fall;
+    without a lower end where no tested batch above the unbranched run's is within.
     """
 
     batch_size: int
