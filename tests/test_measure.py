@@ -303,3 +303,12 @@ def test_ctrl_c_exits_with_130_and_files_are_whole(run, tmp_path, monkeypatch):
     assert code == 130
     assert "Interrupted: what follows was measured until then" in text
     assert saved.read(out, "measure")["steps"] == 24
+
+
+def test_a_full_disk_loses_nothing_that_was_measured(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    args = ("--steps", "15", "--no-timing", "--no-overhead", "--out", str(tmp_path / "x.json"))
+    code, out, err = run("workloads:whole", *args)
+    assert code == 2
+    assert "noise scale" in out
+    assert "cannot be written (No space left)" in err

@@ -90,6 +90,8 @@ def register(application: Any) -> None:
             from gradstats.workbench import advise as bench
             from gradstats.workbench import saved
 
+            if out is not None:
+                saved.require_writable(out)
             if tasks:
                 _list(bench.STARTING_POINTS, as_json)
                 raise typer.Exit
@@ -119,12 +121,14 @@ def register(application: Any) -> None:
             content = {
                 "target": target, "environment": saved.environment(), **found.to_dict(),
             }  # fmt: skip
-            if out is not None:
-                saved.write(out, "advise", content)
             if as_json:
                 print_json(content)
             else:
-                _show(found, evidence, out)
+                _show(found, evidence)
+            if out is not None:  # last: where the disk is full, the plan has been shown
+                saved.write(out, "advise", content)
+                if not as_json:
+                    typer.echo(f"Written: {out}")
 
 
 def _list(points: Any, as_json: bool) -> None:
@@ -148,7 +152,7 @@ def _list(points: Any, as_json: bool) -> None:
     console.print("Published starting points, not measurements.")
 
 
-def _show(found: Any, evidence: Any, out: Any) -> None:
+def _show(found: Any, evidence: Any) -> None:
     from rich.table import Table
 
     from gradstats.estimators import readable
@@ -187,5 +191,3 @@ def _show(found: Any, evidence: Any, out: Any) -> None:
             console.print(f"\n{name}", style="bold")
         for line in lines:
             console.print(f"- {line}", markup=False, soft_wrap=True)
-    if out is not None:
-        console.print(f"\nWritten: {out}", markup=False, soft_wrap=True)

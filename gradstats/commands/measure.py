@@ -99,12 +99,14 @@ def register(application: Any) -> None:
             content = {
                 "target": target, "environment": saved.environment(), **found.to_dict(),
             }  # fmt: skip
-            if out is not None:
-                saved.write(out, "measure", content)
             if as_json:
                 print_json(content)
             else:
-                _show(found, [str(path) for path in (log, out) if path is not None])
+                _show(found)
+            if out is not None:  # last: where the disk is full, the result has been shown
+                saved.write(out, "measure", content)
+            if not as_json and (files := [str(path) for path in (log, out) if path is not None]):
+                typer.echo("Written: " + ", ".join(files))
             if found.stopped == "interrupted":
                 raise typer.Exit(INTERRUPTED)
             raise typer.Exit(0 if found.noise.num_steps else 1)
@@ -117,7 +119,7 @@ def _reading(row: Any) -> str:
     return f"step {row['step']:,}  loss {row['loss']:.4g}  noise scale {row['noise_scale']:.3g} ({ends})"
 
 
-def _show(found: Any, files: list[str]) -> None:
+def _show(found: Any) -> None:
     """For people: what was measured, where the noise is, the cost, the advice."""
     from gradstats.estimators import readable
     from gradstats.terminal import advice_table, between, console_and_table
@@ -160,8 +162,6 @@ def _show(found: Any, files: list[str]) -> None:
         say(f"note: {note}")
     if found.advice is not None:
         console.print(advice_table(found.advice.to_dict(), settings.learning_rate))
-    if files:
-        say("Written: " + ", ".join(files))
 
 
 def coverage_lines(found: Any) -> list[str]:
