@@ -142,3 +142,14 @@ def test_numbers_that_are_null_make_reports(tmp_path, kind) -> None:
 
     content = without(files.RESULTS[kind]())
     report.render(report.build(report.read([files.result(tmp_path, kind, **content)])))
+
+
+@pytest.mark.parametrize("kind", files.RESULTS)
+@pytest.mark.parametrize("wrong", ["x", [{}], {"a": [1]}, 10**400])
+def test_fields_of_the_wrong_kind_are_shown_as_unknown_or_refused(tmp_path, kind, wrong) -> None:
+    for key in files.RESULTS[kind]():
+        path = files.result(tmp_path, kind, **{key: wrong})
+        try:
+            report.render(report.build(report.read([path])))
+        except InvalidArgumentError as error:
+            assert str(path) in str(error)

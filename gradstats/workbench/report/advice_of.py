@@ -14,6 +14,11 @@ from gradstats.workbench.report.inputs import Input, Run, number
 __all__ = ["Basis", "basis_of_measure", "basis_of_run", "memory_cap", "runs_of"]
 
 CONFIDENCE = 0.9  # of the intervals that Log writes
+# What the advice is spoken of by.
+NEEDED = (
+    *("batch_size", "steps", "samples", "low"),
+    *("micro_batch_size", "accumulation_steps", "world_size"),
+)
 FIELDS = set(NoiseScale.__dataclass_fields__)
 
 
@@ -70,9 +75,10 @@ def basis_of_measure(given: Input) -> Basis | None:
     noise, advice = given.content.get("noise_scale"), given.content.get("advice")
     if not isinstance(noise, dict) or not isinstance(advice, dict):
         return None
-    needed = [advice.get(key) for key in ("batch_size", "steps", "samples", "low")]
-    needed += [noise.get("low"), noise.get("confidence")]
-    if any(math.isnan(number(value)) for value in needed):
+    needed = [advice.get(key) for key in NEEDED] + [noise.get("low"), noise.get("confidence")]
+    optional = [advice.get("high"), advice.get("seconds"), advice.get("learning_rate")]
+    needed += [value for value in optional if value is not None]
+    if not all(math.isfinite(number(value)) for value in needed):
         return None
     known = {key: noise[key] for key in FIELDS & noise.keys()}
     ends = {

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from gradstats.errors import InvalidArgumentError
 from gradstats.loggers import read_lines
 from gradstats.workbench import saved
 
-__all__ = ["KINDS", "Input", "Run", "number", "numbers", "objects", "read"]
+__all__ = ["KINDS", "Input", "Run", "guarded", "number", "numbers", "objects", "read"]
 
 # Kinds of result files, and the lists of objects that each must hold.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -33,6 +33,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 HEAD = 4096  # characters in which a result file names its kind
 
 Array = NDArray[np.float64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,13 @@ class Run:
 
 
 def number(value: Any) -> float:
-    """A float; NaN for what is no number (null, text, true)."""
-    known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if known else math.nan
+    """A float; NaN for what is no number (null, text, true) or too large for one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 def numbers(values: Any) -> Array:
@@ -169,3 +174,19 @@ def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             first = row["step"]
             kept.append(row)
     return kept[::-1]
+
+
+def guarded(given: Input, make: Callable[[Input], T]) -> T:
+    """What `make` gives.
+
+    Raises InvalidArgumentError, which names the file, where its fields are of other kinds than they must be.
+    """
+    try:
+        return make(given)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
+        raise InvalidArgumentError(
+            f"{given.path} does not hold what a result of {given.kind} does "
+            f"({type(error).__name__}: {error}); was it changed by hand?"
+        ) from error

@@ -111,7 +111,7 @@ def step_time(timing: Any) -> Figure | None:
     if not points:
         return None
     lines = []
-    counts = sorted({number(p.get("accumulation_steps")) for p in points})
+    counts = sorted(c for c in {number(p.get("accumulation_steps")) for p in points} if c >= 1)
     for i, pieces in enumerate(counts):
         chosen = [p for p in points if number(p.get("accumulation_steps")) == pieces]
         x, y, low, high = (

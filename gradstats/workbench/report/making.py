@@ -19,7 +19,7 @@ from gradstats.workbench.report.advice_of import (
 from gradstats.workbench.report.embedded import Part, embed
 from gradstats.workbench.report.figures import Figure, Mark, Section
 from gradstats.workbench.report.findings import Verdict
-from gradstats.workbench.report.inputs import Input, Run
+from gradstats.workbench.report.inputs import Input, Run, guarded
 from gradstats.workbench.report.remarks import Remark, remarks
 from gradstats.workbench.report.verdict import verdict
 
@@ -82,7 +82,7 @@ def build(inputs: Sequence[Input], *, title: str | None = None) -> Report:
     cap = memory_cap(inputs)
     trainings = runs_of(inputs)
     measured = [given for given in inputs if given.kind == "measure"]
-    bases = [_guarded(given, basis_of_measure) for given in measured]
+    bases = [guarded(given, basis_of_measure) for given in measured]
     found = [basis for basis in bases if basis is not None]
     # The log of a measurement says the same again.
     known = {(basis.noise.value, basis.present) for basis in found}
@@ -117,7 +117,7 @@ def _of_results(
     for kind, make in makers.items():
         same = [given for given in inputs if given.kind == kind]
         for i, given in enumerate(same):
-            section = _guarded(given, make)
+            section = guarded(given, make)
             if len(same) > 1:
                 section.id, section.title = f"{section.id}-{i}", f"{section.title}: {given.name}"
             sections.append(section)
@@ -148,16 +148,3 @@ def _of_runs(
         costs,
         runs.other_numbers(trainings),
     ]
-
-
-def _guarded(given: Input, make: Callable[[Input], Any]) -> Any:
-    """What `make` gives; a result whose fields are of other kinds than they must be is refused."""
-    try:
-        return make(given)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InvalidArgumentError):
-            raise
-        raise InvalidArgumentError(
-            f"{given.path} does not hold what a result of {given.kind} does "
-            f"({type(error).__name__}: {error}); was it changed by hand?"
-        ) from error

@@ -12,7 +12,7 @@ from gradstats.estimators import samples_ratio, steps_ratio
 from gradstats.words import readable
 from gradstats.workbench.report.advice_of import Basis
 from gradstats.workbench.report.figures import Axis, Figure, Line, Mark, Section, Table
-from gradstats.workbench.report.inputs import number, numbers
+from gradstats.workbench.report.inputs import number, numbers, objects
 
 __all__ = ["trade_off"]
 
@@ -32,7 +32,7 @@ def trade_off(bases: Sequence[Basis], cap: int | None) -> Section:
     known = [b for b in bases if math.isfinite(b.noise.value) and b.noise.value > 0]
     for basis in known:
         of = f", {basis.name}" if len(known) > 1 else ""
-        points = [point for point in basis.advice.get("curve") or [] if isinstance(point, dict)]
+        points = objects(basis.advice.get("curve"))
         section.add(_figure(basis, points, cap, of))
         tables.append(_table(basis, points, of))
     section.add(*tables)
@@ -77,7 +77,8 @@ def _figure(basis: Basis, points: list[dict[str, Any]], cap: int | None, of: str
         for size, seconds in zip(
             numbers([p.get("batch_size") for p in points]), timed, strict=True
         ):
-            best[size] = min(seconds, best.get(size, math.inf))
+            if size > 0:
+                best[size] = min(seconds, best.get(size, math.inf))
         x = np.array(sorted(best))
         lines.append(Line("time, as measured here", x, np.array([best[b] for b in x]), colour=2))
         caption += " Time weighs the steps with the seconds that each size takes on this machine."
@@ -107,7 +108,7 @@ def _table(basis: Basis, points: list[dict[str, Any]], of: str) -> Table:
         row = [f"{v:,.0f}" if math.isfinite(v) else "–" for v in values[:4]]
         row += [f"{readable(v)} ×" if math.isfinite(v) else "–" for v in values[4:8]]
         row += [readable(v) if math.isfinite(v) else "–" for v in values[8:]]
-        row[0] += {basis.present: " (now)", basis.size: " (advised)"}.get(int(values[0]), "")
+        row[0] += {basis.present: " (now)", basis.size: " (advised)"}.get(values[0], "")
         rows.append(row)
     kept = [i for i in range(len(headings)) if any(row[i] != "–" for row in rows)]
     return Table(

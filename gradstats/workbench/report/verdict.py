@@ -10,7 +10,7 @@ from gradstats.words import readable
 from gradstats.workbench.report import findings
 from gradstats.workbench.report.advice_of import Basis
 from gradstats.workbench.report.findings import Verdict
-from gradstats.workbench.report.inputs import Input, Run
+from gradstats.workbench.report.inputs import Input, Run, guarded
 from gradstats.workbench.report.runs import duration, loss_at
 
 __all__ = ["verdict"]
@@ -38,7 +38,9 @@ def verdict(inputs: Sequence[Input], runs: Sequence[Run], bases: Sequence[Basis]
     batch size, a learning-rate range, memory, speed.
     """
     found = [
-        made for given in inputs if given.kind == "advise" and (made := findings.advised(given))
+        made
+        for given in inputs
+        if given.kind == "advise" and (made := guarded(given, findings.advised))
     ]
     by_noise = [findings.by_noise(basis, len(bases) > 1) for basis in sorted(bases, key=_width)[:1]]
     if found and by_noise:  # a plan was made of what the noise scale says, which is as sure as that
@@ -47,7 +49,9 @@ def verdict(inputs: Sequence[Input], runs: Sequence[Run], bases: Sequence[Basis]
         by_noise = [replace(by_noise[0], headline="")]
     found += by_noise
     for kind, finding in OF_RESULTS.items():
-        found += [made for given in inputs if given.kind == kind and (made := finding(given))]
+        found += [
+            made for given in inputs if given.kind == kind and (made := guarded(given, finding))
+        ]
     if not found:
         names = ", ".join(given.name for given in inputs)
         return Verdict(
