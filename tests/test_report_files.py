@@ -144,12 +144,19 @@ def test_numbers_that_are_null_make_reports(tmp_path, kind) -> None:
     report.render(report.build(report.read([files.result(tmp_path, kind, **content)])))
 
 
+def refusal(path) -> str:
+    """What is said of a file that no report can be made of; empty where one can."""
+    try:
+        report.render(report.build(report.read([path])))
+    except InvalidArgumentError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("kind", files.RESULTS)
 @pytest.mark.parametrize("wrong", ["x", [{}], {"a": [1]}, 10**400])
 def test_fields_of_the_wrong_kind_are_shown_as_unknown_or_refused(tmp_path, kind, wrong) -> None:
     for key in files.RESULTS[kind]():
         path = files.result(tmp_path, kind, **{key: wrong})
-        try:
-            report.render(report.build(report.read([path])))
-        except InvalidArgumentError as error:
-            assert str(path) in str(error)
+        said = refusal(path)
+        assert said == "" or str(path) in said

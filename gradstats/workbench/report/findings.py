@@ -177,7 +177,7 @@ def swept(given: Input) -> Verdict | None:
     loss = number((first.get("means") or {}).get(first["best"]))
     detail = f"{str(first.get('measure', 'loss')).replace('_', ' ')} {readable(loss)}"
     fact = Fact("Best plan by samples", str(first["best"]), detail if math.isfinite(loss) else "")
-    sure = "Where two plans are named, their trials cannot be told apart."
+    sure = "Where several plans are named, their trials cannot be told apart."
     if not tied:
         sure = "Each is ahead of the others by more than its trials scatter (90% intervals)."
     sentences = [str(verdict["sentence"]) for verdict in found.values() if verdict.get("sentence")]

@@ -103,12 +103,13 @@ def _table(basis: Basis, points: list[dict[str, Any]], of: str) -> Table:
         *("seconds", "cost", "hours", "price"),
     ]
     rows = []
+    marked = {float(basis.present): " (now)", float(basis.size): " (advised)"}
     for point in points:
         values = [number(point.get(key)) for key in keys]
         row = [f"{v:,.0f}" if math.isfinite(v) else "–" for v in values[:4]]
         row += [f"{readable(v)} ×" if math.isfinite(v) else "–" for v in values[4:8]]
         row += [readable(v) if math.isfinite(v) else "–" for v in values[8:]]
-        row[0] += {basis.present: " (now)", basis.size: " (advised)"}.get(values[0], "")
+        row[0] += marked.get(values[0], "")
         rows.append(row)
     kept = [i for i in range(len(headings)) if any(row[i] != "–" for row in rows)]
     return Table(
