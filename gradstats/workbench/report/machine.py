@@ -33,7 +33,7 @@ def memory(given: Input) -> Section:
     if (~ok).any():  # a size that failed has no peak of its own: it is shown at the limit
         height = np.where(np.isfinite(peak[~ok]), peak[~ok], budget) / scale
         lines.append(Line("does not fit", size[~ok], height, style="crosses", colour=1))
-    if math.isfinite(fixed) and math.isfinite(each) and len(size):
+    if math.isfinite(fixed) and math.isfinite(each) and np.isfinite(size).any():
         ends = np.array([0.0, float(np.nanmax(size))])
         lines.append(
             Line(
