@@ -199,6 +199,26 @@ def test_the_race_on_the_page_is_the_one_in_the_results() -> None:
             assert f"| {' | '.join(row)} |" in page
 
 
+def test_the_sweep_on_the_page_is_the_one_in_the_results() -> None:
+    results = json.loads((ROOT / "bench" / "results" / "sweep_digits.json").read_text("utf-8"))
+    page = " ".join((DOCS / "steps.md").read_text("utf-8").split())
+    plans = {plan["batch_size"]: plan for plan in results["summary"]}
+    held_out = [plan["validation_loss"]["mean"] for plan in plans.values()]
+    gaps = [plan["gap"] for plan in (plans[16], plans[256])]
+    spread = [f"{g['mean']:.2f} ± {g['high'] - g['mean']:.2f}" for g in gaps]
+    variance, target = results["variance"], results["steps_to_target"]
+    power = "{exponent:.3f} (90% interval {low:.3f} to {high:.3f})".format(**variance)
+    for said in (
+        f"held-out images**: {min(held_out):.2f} to {max(held_out):.2f}",
+        f"({plans[16]['final_loss']['mean']:.3f} against {plans[256]['final_loss']['mean']:.3f} with",
+        f"{spread[0]} with 16, {spread[1]} with 256",
+        f"power {power}".replace("-", "−"),
+        f"loss of {target['target']:.2f}** lie on (S/S_min − 1)(E/E_min − 1) = 1 to "
+        f"{100 * target['worst_relative']:.1f}%, with a critical batch of {target['critical_batch']:.0f}",
+    ):
+        assert said in page
+
+
 def test_costs_are_the_same_on_both_pages() -> None:
     rows = re.findall(r"^\| .*B \d+ \|.*$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
     assert len(rows) == 5
