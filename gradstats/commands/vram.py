@@ -3,6 +3,8 @@
 # No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -67,14 +69,26 @@ def register(application: Any) -> None:
 
 
 def _run(target: str, options: dict[str, Any], out: Optional[Path], as_json: bool) -> int:  # noqa: UP045
+    from gradstats.workbench import saved
+
+    if out is not None:
+        saved.require_writable(out)
+    with _ranks() as first:
+        return _search(target, options, out, as_json, first)
+
+
+def _search(
+    target: str,
+    options: dict[str, Any],
+    out: Optional[Path],  # noqa: UP045
+    as_json: bool,
+    first: bool,
+) -> int:
     from rich.console import Console
 
     from gradstats.workbench import saved
     from gradstats.workbench.vram import largest_micro_batch
 
-    if out is not None:
-        saved.require_writable(out)
-    first = _join_ranks()
     progress = Console(stderr=True, highlight=False)
 
     def report(text: str) -> None:
@@ -94,14 +108,19 @@ def _run(target: str, options: dict[str, Any], out: Optional[Path], as_json: boo
     return 0 if found.recommended else 1
 
 
-def _join_ranks() -> bool:
-    """Under torchrun, join the other ranks; whether this is the one that speaks."""
+@contextmanager
+def _ranks() -> Iterator[bool]:
+    """Under torchrun, joined with the other ranks; gives whether this is the one that speaks."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return True
+        yield True
+        return
     import torch
 
     torch.distributed.init_process_group("gloo")
-    return int(torch.distributed.get_rank()) == 0
+    try:
+        yield int(torch.distributed.get_rank()) == 0
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _show(found: Any, out: Optional[Path]) -> None:  # noqa: UP045

@@ -131,6 +131,8 @@ def _losses(axes: Any, curves: Sequence[Curve]) -> None:
 
 
 def _best(axes: Any, curves: Sequence[Curve], scaling: Scaling | None) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     known = [c for c in curves if c.best is not None]
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -145,8 +147,11 @@ def _best(axes: Any, curves: Sequence[Curve], scaling: Scaling | None) -> None:
         sizes = [s for s in sizes if s <= known[-1].batch_size]
         rates = [scaling.max_rate / (1 + scaling.noise_scale / s) for s in sizes]
         axes.plot(sizes, rates, color=GREY, linewidth=1.5, label="max/(1 + B_noise/B)")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper left")
     axes.set_xticks([c.batch_size for c in known], [f"{c.batch_size:,}" for c in known])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("batch size")
-    axes.set_ylabel("best learning rate, with 90% interval")
+    axes.set_ylabel("best learning rate, ± 1.64 standard errors")
