@@ -11,7 +11,7 @@ from gradstats.errors import GradStatsError, InvalidArgumentError
 from gradstats.kept import kept
 from gradstats.workbench.factory import first_line
 from gradstats.workbench.sweep.settings import Settings
-from gradstats.workbench.sweep.trial import fingerprint, load_seeded
+from gradstats.workbench.sweep.state import fingerprint, load_seeded
 from gradstats.workbench.workload import Workload
 
 __all__ = ["First", "look_over"]

@@ -25,8 +25,9 @@ from gradstats.workbench.sweep.runners import (
     undisturbed,
 )
 from gradstats.workbench.sweep.settings import Settings
+from gradstats.workbench.sweep.state import load_seeded, unpacked, write_weights
 from gradstats.workbench.sweep.store import Store
-from gradstats.workbench.sweep.trial import Trial, load_seeded, unpacked, write_weights
+from gradstats.workbench.sweep.trial import Trial
 from gradstats.workbench.sweep.variance import gradient_variance
 
 __all__ = ["Sweep", "sweep"]
