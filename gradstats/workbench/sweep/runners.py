@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,7 @@ class _Worker:
         )
         # The child ignores Ctrl-C, which is for the one that tells it what to do. It inherits that
         # the signal is blocked, so that it cannot come while it starts.
+        resource_tracker.ensure_running()  # where it has to start first, it ends with SIGINT unblocked
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()
