@@ -23,7 +23,7 @@ def lr_range(given: Input) -> Section:
     section = Section(
         "lr-range",
         "Learning-rate range",
-        "The loss of a few steps at growing learning rates, from the same weights.",
+        "The loss after a few steps at each learning rate, from the same weights.",
     )
     curves = given.content["curves"]
     marks = []
@@ -51,8 +51,8 @@ def lr_range(given: Input) -> Section:
     section.add(
         Figure(
             "Loss against learning rate",
-            "Useful rates lie where the line falls steadily; the best to train with is below the bottom of "
-            "the valley, and nothing right of where it turns up. Pale: each step; strong: smoothed.",
+            "Useful rates lie between where the line begins to fall and where it turns up; a long training "
+            "stands less than a short one. Pale: as measured; strong: smoothed.",
             Axis("learning rate", log=True),
             Axis("loss"),
             lines,
