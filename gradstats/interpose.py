@@ -99,6 +99,7 @@ class Interposer(Answers, TorchFunctionMode):
         self.recorder: Recorder | None = None
         self._canonical = {alias: name for name, group in aliases.items() for alias in group}
         self.owners: dict[str, dict[str, Any]] = {}  # modules' parameters, by path
+        self._inner: dict[str, list[str]] = {}
         self._passes: list[Pass] = []
         self.adopted: Callable[[str, Tensor], None] | None = None  # told of new parameter objects
 
@@ -225,9 +226,12 @@ class Interposer(Answers, TorchFunctionMode):
     def _enter_nested(self, module: Any, path: str, original: Any, args: Any, kwargs: Any) -> Any:
         current = self.current
         assert current is not None
-        for key, param in module._parameters.items():
-            if param is not None and getattr(param, ATTRIBUTE, None) is None:
-                self._adopt(f"{path}.{key}" if path else key, param)
+        self.adopt_at(path)
+        if hasattr(type(module), "_get_fsdp_state"):
+            # It has put in those of the modules in it too, which need not run: nn.MultiheadAttention
+            # takes the weight of its `out_proj` by itself. Others are still in shards.
+            for inner in self._below(path):
+                self.adopt_at(inner, whole=True)
         state = None if path in self.settled else random_state(self.device)
         while True:  # once, but for a module whose first try shows that it needs the fallback
             frame = Frame(path)
@@ -260,10 +264,23 @@ class Interposer(Answers, TorchFunctionMode):
             for name, joint in current.joints.items():
                 joint.uses = len(current.uses.get(name, ()))
 
-    def adopt_at(self, path: str) -> None:
-        """Know the objects that are parameters of the module at `path` now, as fully_shard puts them in."""
+    def _below(self, path: str) -> list[str]:
+        """The modules in the module at `path`."""
+        found = self._inner.get(path)
+        if found is None:
+            found = [p for p in self.owners if p != path and within(p, path)]
+            self._inner[path] = found
+        return found
+
+    def adopt_at(self, path: str, *, whole: bool = False) -> None:
+        """Know the objects that are parameters of the module at `path` now, as fully_shard puts them in.
+
+        `whole`: only those that are not in shards.
+        """
         for key, param in self.owners[path].items():
-            if param is not None and getattr(param, ATTRIBUTE, None) is None:
+            if param is None or getattr(param, ATTRIBUTE, None) is not None:
+                continue
+            if not (whole and hasattr(param, "to_local")):
                 self._adopt(f"{path}.{key}" if path else key, param)
 
     def _adopt(self, alias: str, param: Tensor) -> None:

@@ -77,6 +77,13 @@ def fsdp_float32_and_frozen(rank: int, world: int) -> None:
     fsdp_steps("frozen_parts", [3, 5], sharded_after)
 
 
+@case()
+def fsdp_weights_of_modules_that_do_not_run(rank: int, world: int) -> None:
+    for wrap in (sharded_before, sharded_after):
+        stats = fsdp_steps("attention", [3, 5], wrap)
+        assert "inner.out_proj.weight" in stats.layers
+
+
 @case(0)
 def fsdp_moments(rank: int, world: int) -> None:
     for wrap in (sharded_before, sharded_after):

@@ -47,7 +47,7 @@ def measure_critical(
 
     From one checkpoint, branches train on with the batch multiplied by k and the learning rate by √k (or
     as `Settings.rule` says), all on as many samples in the same order (Merrill et al. 2025,
-    arXiv:2505.23971, section 3). After every so many samples each is evaluated on the same fixed samples,
+    arXiv:2505.23971). After every so many samples each is evaluated on the same fixed samples,
     the losses are smoothed, and the last ones compared with the unbranched run's by
     `gradstats.workbench.critical.decide`. Multipliers are tried in order and end with the first that is
     surely outside the tolerance. The noise scale is measured at the checkpoint, where the weights stay

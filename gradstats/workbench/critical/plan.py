@@ -32,7 +32,7 @@ class Settings:
         batch_size: samples per step of the unbranched run. Default: the workload's.
         multipliers: of the batch size; 1 is added.
         rule: what a multiplier k does to the learning rate: "sqrt" √k, "linear" k, "none". Default: "sqrt"
-            for Adam and its like (Merrill et al. 2025, section 3; Malladi et al. 2022), "linear" for SGD.
+            for Adam and its like (Merrill et al. 2025; Malladi et al. 2022), "linear" for SGD.
         warm_up: steps of the unbranched run before the checkpoint.
         samples: for which each branch is trained. Rounded up, so that every branch makes whole steps
             between evaluations. Default: 32 steps of the largest batch.
