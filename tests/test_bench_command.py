@@ -118,6 +118,11 @@ def test_statistics_are_as_pytest_benchmark_has_them() -> None:
         assert ours[field] == pytest.approx(getattr(theirs, field), rel=0.15), field
 
 
+def alone() -> dict[str, str]:
+    """The environment of a pytest that is not one of several side by side, where nothing is timed."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+
+
 def test_the_real_tool_reads_our_files_and_we_read_its(tmp_path) -> None:
     first = file(tmp_path / "a.json", timed("linear", [0.011, 0.010, 0.012]))
     second = file(tmp_path / "b.json", timed("linear", [0.021, 0.020, 0.022]))
@@ -132,7 +137,9 @@ def test_the_real_tool_reads_our_files_and_we_read_its(tmp_path) -> None:
     theirs = tmp_path / "theirs.json"
     args = ["-p", "no:gradstats", "--benchmark-json", str(theirs), "--benchmark-max-time=0.05"]
     command = [sys.executable, "-m", "pytest", "-q", str(suite), *args]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=alone()
+    )
     assert done.returncode == 0, done.stdout
     (only,) = compare_files(theirs, theirs).changes
     assert (only.ratio, only.verdict, only.of) == (1.0, "same", "seconds")
@@ -253,7 +260,7 @@ def test_fixture(tmp_path, with_benchmark) -> None:
     plugins = ["-p", "gradstats.workbench.pytest_plugin"]
     if with_benchmark:
         plugins += ["-p", "pytest_benchmark.plugin", "--benchmark-json", str(out)]
-    env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
+    env = {**alone(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pytest", "-q", "test_suite.py", *plugins]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=tmp_path, env=env
