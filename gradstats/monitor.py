@@ -158,12 +158,20 @@ class Monitor:
         self._steps = 0
         self._series = Series()
         self._last_coverage: Coverage | float = 1.0
-        self._last_batch: int | Tensor | None = None
+        self._last_batches: tuple[int | Tensor, ...] = ()  # samples of the last two steps
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The one that `attach` was given."""
         return self._options.optimizer
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples in a step at present: the larger of the last two, for an epoch's last is often smaller.
+
+        None before a step. Waits for the device where several processes train together.
+        """
+        return max((int(b) for b in self._last_batches), default=None)
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -236,7 +244,8 @@ class Monitor:
         self._steps += 1
         self._source.enabled = measures(self._steps, self.every)
         if stats is not None:  # not the record itself, which may hold a tensor for every weight
-            self._last_coverage, self._last_batch = stats.coverage, stats.samples
+            self._last_coverage = stats.coverage
+            self._last_batches = (*self._last_batches[-1:], stats.samples)
         return stats
 
     def fallbacks(self) -> dict[str, tuple[int, str]]:
@@ -336,7 +345,7 @@ class Monitor:
     ) -> advice.BatchSizeAdvice:
         """The batch size that the measured noise scale calls for; see `gradstats.recommend`.
 
-        `batch_size` is the present one (default: samples in the last step), `learning_rate` the
+        `batch_size` is the present one (default: that of the last steps), `learning_rate` the
         present rate (default: the optimizer's, where `attach` was given one); `geometry` that of the noise
         scale to go by; `options` are its others.
 
@@ -346,8 +355,8 @@ class Monitor:
         """
         advice.require_one_unit(self.sample, step_seconds, options.get("tokens_per_sample"))
         ranks = self._source.size
-        if batch_size is None and self._last_batch is not None:
-            batch_size = math.ceil(int(self._last_batch) / ranks) * ranks
+        if batch_size is None and self.batch_size is not None:
+            batch_size = math.ceil(self.batch_size / ranks) * ranks
         if not batch_size:
             raise NoStatisticsError(
                 "recommend() needs at least one measured step to know the present batch size. Train "
@@ -389,7 +398,7 @@ class Monitor:
             "steps": self._steps,
             **self._series.state_dict(),
             "coverage": self._coverage(),
-            "batch_size": None if self._last_batch is None else int(self._last_batch),
+            "batch_size": self.batch_size,
             "parameters": list(self._source.parameters),
             "sample": self._options.sample,
             "method": self._options.method,
@@ -430,7 +439,8 @@ class Monitor:
             self._geometry.load_state_dict(state["geometry"])
         self._steps = state["steps"]
         self._source.enabled = measures(self._steps, self.every)
-        self._last_coverage, self._last_batch = float(state["coverage"]), state["batch_size"]
+        self._last_coverage = float(state["coverage"])
+        self._last_batches = () if state["batch_size"] is None else (state["batch_size"],)
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`. What was measured can still be read."""

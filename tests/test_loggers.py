@@ -69,6 +69,20 @@ def test_the_last_steps_are_not_lost(parts) -> None:
     assert log.flush() is None
 
 
+def test_an_epochs_short_last_step_is_not_the_batch_size(parts) -> None:
+    model, optimizer, monitor = parts
+    rows = []
+    log = gradstats.Log(monitor, lambda row, step: rows.append(row), every=4)
+    train(log, model, optimizer, monitor, 7)
+    train(log, model, optimizer, monitor, 1, size=5)
+    train(log, model, optimizer, monitor, 1, size=5)
+    log.close()
+    assert [row["batch_size"] for row in rows] == [16, 16, 16, 5]
+    each = gradstats.Log(monitor, lambda row, step: rows.append(row), every=1)
+    train(each, model, optimizer, monitor, 1, size=5)
+    assert rows[-1]["batch_size"] == 5
+
+
 def test_shares_are_those_of_the_layers(parts) -> None:
     model, _, monitor = parts
     x = torch.randn(16, 4)

@@ -113,6 +113,22 @@ def test_recommendation_reads_the_optimizer() -> None:
     assert monitor.recommend(learning_rate=1.0).learning_rate > advice.learning_rate
 
 
+def test_an_epochs_last_batch_is_not_the_present_batch_size() -> None:
+    model, draw, *_ = _regression(8, 1.0, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    monitor = gradstats.attach(model, optimizer=optimizer)
+    assert monitor.batch_size is None
+    for step in range(60):
+        x, y = draw(3 if step % 6 == 5 else 16)
+        optimizer.zero_grad()
+        (model(x).squeeze(1) - y).square().mean().backward()
+        monitor.step()
+    assert monitor.batch_size == monitor.recommend().present_batch_size == 16
+    other = gradstats.attach(nn.Linear(8, 1, bias=False))
+    other.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    assert other.batch_size == 16
+
+
 def test_records_merge_exactly() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))

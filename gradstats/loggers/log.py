@@ -40,8 +40,8 @@ class Log:
         layers: also each layer's share of tr Σ (`layer_share/<parameter>`), where the monitor keeps them.
 
     A row holds `step` (optimizer steps, from 1), `samples` seen, `seconds` since the first step,
-    `batch_size` of the last step, `loss` and whatever else `step` was given (means over the steps since
-    the row before), `noise_scale`, `noise_scale_low`, `noise_scale_high`, `tr_sigma`,
+    `batch_size` (the largest of the row's steps), `loss` and whatever else `step` was given (means over the
+    steps since the row before), `noise_scale`, `noise_scale_low`, `noise_scale_high`, `tr_sigma`,
     `true_grad_sq_norm`, `num_skipped`, `coverage`, and `learning_rate` where the monitor knows the
     optimizer. Numbers may be infinite or NaN.
     """
@@ -53,6 +53,7 @@ class Log:
         self.steps = self._written = 0
         self._samples: int | Tensor = 0
         self._batch: int | Tensor = 0
+        self._batches: list[int | Tensor] = []  # of the steps since the row before
         self._began: float | None = None
         self._earlier = 0.0  # seconds of the run that this one goes on from
         self._sums: dict[str, list[float | Tensor]] = {}
@@ -70,6 +71,7 @@ class Log:
         if stats is not None:
             self._samples = self._samples + stats.samples
             self._batch = stats.samples
+            self._batches.append(stats.samples)
             self._add_layers(stats)
         else:  # a step that `every` of the monitor leaves out
             self._samples = self._samples + self._batch
@@ -117,7 +119,7 @@ class Log:
             "step": self.steps,
             "samples": int(self._samples),
             "seconds": self._seconds(),
-            "batch_size": int(self._batch),
+            "batch_size": max((int(b) for b in self._batches), default=int(self._batch)),
             "noise_scale": noise.value,
             "noise_scale_low": noise.low,
             "noise_scale_high": noise.high,
@@ -131,6 +133,8 @@ class Log:
         for name, values in self._sums.items():
             row[name] = sum(float(v) for v in values) / len(values)
         self._sums.clear()
+        # A row of several steps never stands for an epoch's short last one alone.
+        self._batches = self._batches[-1:] if self.every > 1 else []
         if self._shares is not None:
             shares = self._shares.clamp_min(0)
             of_all = (shares / shares.sum()).tolist()
