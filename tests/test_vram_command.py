@@ -37,8 +37,9 @@ def test_what_is_recommended_runs_again_under_the_limit(run, tmp_path) -> None:
     assert err.count("confirming a micro-batch of") == sum(p["fresh"] for p in found["points"])
     size = found["recommended"]
     assert size & (size - 1) == 0
-    # x, its copy, the output, its gradient: four arrays of 20,000 numbers a sample, or a few more.
-    assert 3 * 80_000 < found["bytes_per_sample"] < 8 * 80_000
+    # x, its copy, the output, its gradient: four arrays of 20,000 numbers a sample, and what malloc keeps
+    # of others, which varies from run to run (5 to 8 in all were seen).
+    assert 3 * 80_000 < found["bytes_per_sample"] < 16 * 80_000
     assert found["formula"]["model"] == 12 * (2 * 8 * 20000 + 20008)  # weights, gradients, momentum
     again = Told()
     try_sizes(Trial("vram_workloads:wide", 1, int(8e8), 1.0, False, 4, 60), [size], again)
