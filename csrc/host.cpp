@@ -46,6 +46,14 @@ void check_cpu() {
 
 using Guard = py::call_guard<py::gil_scoped_release, c10::NoGradGuard>;
 
+bool ending() {
+#if PY_VERSION_HEX >= 0x030d0000
+  return !Py_IsInitialized() || Py_IsFinalizing();
+#else
+  return !Py_IsInitialized() || _Py_IsFinalizing();
+#endif
+}
+
 // A row's gradient is the squared norms and the count of this delivery. `joint` (rules/joint.py, or
 // None) knows of other uses of the parameter, and adds their inner products.
 gradstats::cpu::RowOf row_of(const py::object& joint) {
@@ -60,8 +68,10 @@ gradstats::cpu::RowOf row_of(const py::object& joint) {
       return alone(sq_norm);
     };
   }
-  // The graph may be let go of in any thread.
+  // The graph may be let go of in any thread. While the interpreter ends, one that asks for the GIL
+  // is ended itself, which no destructor survives: what is left then goes with the process.
   const std::shared_ptr<py::object> held(new py::object(joint), [](py::object* object) {
+    if (ending()) return;
     const py::gil_scoped_acquire gil;
     delete object;
   });

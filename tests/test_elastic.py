@@ -22,7 +22,7 @@ def test_a_rank_that_dies_resumes_the_same_decisions(tmp_path):
     for name in ("disturbed", "whole"):
         (tmp_path / name).mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(WORLD)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "5"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "2"]
     # Else ranks that come back may find addresses of those before in torchrun's own store
     # (pytorch/pytorch issue 135712).
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -41,8 +41,7 @@ def test_a_rank_that_dies_resumes_the_same_decisions(tmp_path):
 
     decisions = []
     for rank in range(WORLD):
-        # Both deaths came about; on a busy machine one may take two restarts.
-        assert int((tmp_path / f"restarts{rank}").read_text()) >= 2
+        assert (tmp_path / f"restarts{rank}").read_text() == "2"  # both deaths came about
         whole, found = log("whole", rank), log("disturbed", rank)
         expected = {seen["step"]: seen for seen in whole}
         assert sorted(expected) == list(range(1, len(whole) + 1))
