@@ -3,10 +3,12 @@
 # No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
+from gradstats.commands.options import AsJson
 from gradstats.commands.running import one_line, print_json
 
 
@@ -14,71 +16,53 @@ def register(application: Any) -> None:
     @application.command()
     def advise(
         files: Annotated[
-            Optional[list[Path]],  # noqa: UP045
-            typer.Argument(help="Results of the other commands, and logs (.jsonl), in any order."),
+            list[Path] | None,
+            Argument(help="Results of the other commands, and logs (.jsonl), in any order."),
         ] = None,
         target: Annotated[
-            Optional[str],  # noqa: UP045
-            typer.Option(
+            str | None,
+            Option(
                 metavar="MODULE:FACTORY", help="Your training: BatchNorm layers, data, optimizer."
             ),
         ] = None,
         task: Annotated[
-            Optional[str],  # noqa: UP045
-            typer.Option(
-                help="A published starting point where nothing was measured; see --tasks."
-            ),
+            str | None,
+            Option(help="A published starting point where nothing was measured; see --tasks."),
         ] = None,
-        tasks: Annotated[bool, typer.Option("--tasks", help="List those, and end.")] = False,
+        tasks: Annotated[bool, Option("--tasks", help="List those, and end.")] = False,
         batch_size: Annotated[
-            Optional[int],  # noqa: UP045
-            typer.Option(help="Samples per step at present. Default: as measured."),
+            int | None, Option(help="Samples per step at present. Default: as measured.")
         ] = None,
         learning_rate: Annotated[
-            Optional[float],  # noqa: UP045
-            typer.Option(help="At present. Default: as measured."),
+            float | None, Option(help="At present. Default: as measured.")
         ] = None,
-        optimizer: Annotated[
-            Optional[str],  # noqa: UP045
-            typer.Option(help="SGD, AdamW, … Default: as measured."),
-        ] = None,
+        optimizer: Annotated[str | None, Option(help="SGD, AdamW, … Default: as measured.")] = None,
         data_samples: Annotated[
-            Optional[int],  # noqa: UP045
-            typer.Option(help="Samples in the data, for epochs. Default: as measured."),
+            int | None, Option(help="Samples in the data, for epochs. Default: as measured.")
         ] = None,
-        ranks: Annotated[int, typer.Option(help="Devices to train on.")] = 1,
+        ranks: Annotated[int, Option(help="Devices to train on.")] = 1,
         collective_seconds: Annotated[
-            float, typer.Option(help="Of a step's collectives over all ranks.")
+            float, Option(help="Of a step's collectives over all ranks.")
         ] = 0.0,
         max_micro_batch_size: Annotated[
-            Optional[int],  # noqa: UP045
-            typer.Option(help="Samples that fit a device. Default: as `gradstats vram` found."),
+            int | None,
+            Option(help="Samples that fit a device. Default: as `gradstats vram` found."),
         ] = None,
-        max_batch_size: Annotated[
-            Optional[int],  # noqa: UP045
-            typer.Option(help="Largest batch allowed."),
-        ] = None,
-        epochs: Annotated[
-            Optional[float],  # noqa: UP045
-            typer.Option(help="Planned, at the present batch size."),
-        ] = None,
+        max_batch_size: Annotated[int | None, Option(help="Largest batch allowed.")] = None,
+        epochs: Annotated[float | None, Option(help="Planned, at the present batch size.")] = None,
         steps: Annotated[
-            Optional[int],  # noqa: UP045
-            typer.Option(help="Planned, at the present batch size, instead of --epochs."),
+            int | None, Option(help="Planned, at the present batch size, instead of --epochs.")
         ] = None,
-        goal: Annotated[str, typer.Option(help="time or cost.")] = "time",
-        price: Annotated[
-            Optional[float],  # noqa: UP045
-            typer.Option(help="Of a device for an hour."),
-        ] = None,
+        goal: Annotated[str, Option(help="time or cost.")] = "time",
+        price: Annotated[float | None, Option(help="Of a device for an hour.")] = None,
         batch_norm: Annotated[
-            Optional[bool],  # noqa: UP045
-            typer.Option(
+            bool | None,
+            Option(
                 "--batch-norm/--no-batch-norm", help="The model has BatchNorm layers, or has none."
             ),
         ] = None,
-        out: Annotated[Optional[Path], typer.Option(help="Write the plan here.")] = None,  # noqa: UP045
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+        out: Annotated[Path | None, Option(help="Write the plan here.")] = None,
+        as_json: AsJson = False,
     ) -> None:
         """The plan: batch, micro-batches, ranks, learning rate, warm-up, steps; and why.
 

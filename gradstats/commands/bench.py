@@ -3,10 +3,12 @@
 # No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
+from gradstats.commands.options import AsJson
 from gradstats.commands.running import INTERRUPTED, one_line, print_json
 
 
@@ -14,44 +16,34 @@ def register(application: Any) -> None:
     @application.command()
     def bench(
         target: Annotated[
-            Optional[str],  # noqa: UP045
-            typer.Argument(metavar="[MODULE:FACTORY]", help="A training whose step is timed too."),
+            str | None,
+            Argument(metavar="[MODULE:FACTORY]", help="A training whose step is timed too."),
         ] = None,
-        ops: Annotated[
-            str, typer.Option(help="Operations, separated by commas; all or none.")
-        ] = "all",
-        steps: Annotated[
-            bool, typer.Option(help="Time whole steps of the standard models.")
-        ] = True,
+        ops: Annotated[str, Option(help="Operations, separated by commas; all or none.")] = "all",
+        steps: Annotated[bool, Option(help="Time whole steps of the standard models.")] = True,
         models: Annotated[
-            str, typer.Option(help="Of mlp, cnn, gpt, resnet, vit, shared, separated by commas.")
+            str, Option(help="Of mlp, cnn, gpt, resnet, vit, shared, separated by commas.")
         ] = "mlp,cnn,gpt",
-        peers: Annotated[
-            bool, typer.Option(help="Time the other tools that are installed.")
-        ] = True,
+        peers: Annotated[bool, Option(help="Time the other tools that are installed.")] = True,
         batch_size: Annotated[
-            Optional[int],  # noqa: UP045
-            typer.Option(help="Of MODULE:FACTORY. Default: the workload's."),
+            int | None, Option(help="Of MODULE:FACTORY. Default: the workload's.")
         ] = None,
         threads: Annotated[
-            str, typer.Option(help="Numbers of threads, separated by commas. Default: torch's.")
+            str, Option(help="Numbers of threads, separated by commas. Default: torch's.")
         ] = "",
-        rounds: Annotated[int, typer.Option(help="Turns of each variant.")] = 15,
+        rounds: Annotated[int, Option(help="Turns of each variant.")] = 15,
         quick: Annotated[
-            bool, typer.Option(help="Small shapes, few rounds: what runs, and no figures to trust.")
+            bool, Option(help="Small shapes, few rounds: what runs, and no figures to trust.")
         ] = False,
-        out: Annotated[
-            Optional[Path],  # noqa: UP045
-            typer.Option(help="JSON file as pytest-benchmark writes it."),
-        ] = None,
+        out: Annotated[Path | None, Option(help="JSON file as pytest-benchmark writes it.")] = None,
         compare: Annotated[
-            Optional[tuple[Path, Path]],  # noqa: UP045
-            typer.Option(metavar="OLD NEW", help="Compare two such files instead of timing."),
+            tuple[Path, Path] | None,
+            Option(metavar="OLD NEW", help="Compare two such files instead of timing."),
         ] = None,
         fail_on: Annotated[
-            float, typer.Option(help="With --compare: exit with 1 where slower by this factor.")
+            float, Option(help="With --compare: exit with 1 where slower by this factor.")
         ] = 1.1,
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+        as_json: AsJson = False,
     ) -> None:
         """Time operations and whole steps on this machine, beside torch's kernels and other tools.
 
@@ -171,7 +163,7 @@ def _measured(change: Any, value: float) -> str:
     return f"{value:.3g} × {change.of.removeprefix('ratio to ')}"
 
 
-def _show(found: Any, out: Optional[Path]) -> None:  # noqa: UP045
+def _show(found: Any, out: Path | None) -> None:
     from gradstats.terminal import console_and_table
 
     console, make_table = console_and_table()

@@ -2,20 +2,22 @@
 
 # No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
 
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
+from typer import Option
 
+from gradstats.commands.options import AsJson, Target
 from gradstats.commands.running import one_line
 
 
 def register(application: Any) -> None:
     @application.command()
     def check(
-        target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY")],
-        samples: Annotated[int, typer.Option(help="Compared one at a time, about.")] = 3,
-        batch_dim: Annotated[Optional[int], typer.Option(help="Default: found out.")] = None,  # noqa: UP045
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+        target: Target,
+        samples: Annotated[int, Option(help="Compared one at a time, about.")] = 3,
+        batch_dim: Annotated[int | None, Option(help="Default: found out.")] = None,
+        as_json: AsJson = False,
     ) -> None:
         """Whether the statistics are exact on your model, compared with plain autograd.
 

@@ -3,67 +3,62 @@
 # No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
+from typer import Option
 
+from gradstats.commands.options import AsJson, Target
 from gradstats.commands.running import INTERRUPTED, one_line, print_json
 
 
 def register(application: Any) -> None:
     @application.command()
     def critical(
-        target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY")],
+        target: Target,
         batch_size: Annotated[
-            Optional[int],  # noqa: UP045
-            typer.Option(help="Of the unbranched run. Default: the workload's."),
+            int | None, Option(help="Of the unbranched run. Default: the workload's.")
         ] = None,
         multipliers: Annotated[
-            str, typer.Option(help="Of the batch size, separated by commas.")
+            str, Option(help="Of the batch size, separated by commas.")
         ] = "1,2,4,8,16,32",
         rule: Annotated[
-            Optional[str],  # noqa: UP045
-            typer.Option(
+            str | None,
+            Option(
                 help="Learning rate times: sqrt (√k), linear (k), none. Default: sqrt for Adam's kind, "
                 "linear for SGD."
             ),
         ] = None,
-        warm_up: Annotated[int, typer.Option(help="Steps before the checkpoint.")] = 200,
+        warm_up: Annotated[int, Option(help="Steps before the checkpoint.")] = 200,
         checkpoint: Annotated[
-            Optional[Path],  # noqa: UP045
-            typer.Option(
+            Path | None,
+            Option(
                 help='File of torch.save({"model": …, "optimizer": …}) of state_dicts, instead of --warm-up.'
             ),
         ] = None,
         samples: Annotated[
-            Optional[int],  # noqa: UP045
-            typer.Option(help="Per branch. Default: 32 steps of the largest batch."),
+            int | None, Option(help="Per branch. Default: 32 steps of the largest batch.")
         ] = None,
         tolerance: Annotated[
-            str,
-            typer.Option(help="How much higher the loss may be: 0.01, or 5% of what it falls by."),
+            str, Option(help="How much higher the loss may be: 0.01, or 5% of what it falls by.")
         ] = "0.01",
         smoothing: Annotated[
-            float, typer.Option(help="Weight of the newest evaluation in the moving average.")
+            float, Option(help="Weight of the newest evaluation in the moving average.")
         ] = 0.5,
-        evaluations: Annotated[int, typer.Option(help="Of each branch on its way.")] = 8,
-        evaluation_samples: Annotated[
-            int, typer.Option(help="Samples to evaluate on, at most.")
-        ] = 2048,
+        evaluations: Annotated[int, Option(help="Of each branch on its way.")] = 8,
+        evaluation_samples: Annotated[int, Option(help="Samples to evaluate on, at most.")] = 2048,
         held_out: Annotated[
-            bool, typer.Option("--held-out", help="Evaluate on held-out, not on training samples.")
+            bool, Option("--held-out", help="Evaluate on held-out, not on training samples.")
         ] = False,
-        confidence: Annotated[float, typer.Option(help="Of the interval.")] = 0.9,
-        seeds: Annotated[int, typer.Option(help="Orders of the data; each gives a pair.")] = 3,
-        seed: Annotated[int, typer.Option(help="Of the model and of the first order.")] = 0,
+        confidence: Annotated[float, Option(help="Of the interval.")] = 0.9,
+        seeds: Annotated[int, Option(help="Orders of the data; each gives a pair.")] = 3,
+        seed: Annotated[int, Option(help="Of the model and of the first order.")] = 0,
         out: Annotated[
-            Optional[Path],  # noqa: UP045
-            typer.Option(
-                help="JSON file, kept after every branch; the same command goes on from it."
-            ),
+            Path | None,
+            Option(help="JSON file, kept after every branch; the same command goes on from it."),
         ] = None,
-        picture: Annotated[Optional[Path], typer.Option(help="PNG, SVG or PDF file.")] = None,  # noqa: UP045
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+        picture: Annotated[Path | None, Option(help="PNG, SVG or PDF file.")] = None,
+        as_json: AsJson = False,
     ) -> None:
         """The critical batch size, by training on from a checkpoint with larger and larger batches.
 

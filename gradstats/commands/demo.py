@@ -3,22 +3,24 @@
 # No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
+from typer import Option
 
+from gradstats.commands.options import AsJson
 from gradstats.commands.running import one_line
 
 
 def register(application: Any) -> None:
     @application.command()
     def demo(
-        task: Annotated[str, typer.Option(help="text or digits.")] = "text",
-        steps: Annotated[Optional[int], typer.Option(help="Optimizer steps.")] = None,  # noqa: UP045
-        batch_size: Annotated[Optional[int], typer.Option(help="Samples per step.")] = None,  # noqa: UP045
-        out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("runs/demo"),
-        seed: Annotated[int, typer.Option(help="Of the model and its data.")] = 0,
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+        task: Annotated[str, Option(help="text or digits.")] = "text",
+        steps: Annotated[int | None, Option(help="Optimizer steps.")] = None,
+        batch_size: Annotated[int | None, Option(help="Samples per step.")] = None,
+        out: Annotated[Path, Option(help="Folder for the files.")] = Path("runs/demo"),
+        seed: Annotated[int, Option(help="Of the model and its data.")] = 0,
+        as_json: AsJson = False,
     ) -> None:
         """Train a small network for about a minute and recommend its batch size.
 

@@ -2,17 +2,18 @@
 
 # No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
 
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from gradstats.commands.options import AsJson
 from gradstats.commands.running import one_line
 
 
 def register(application: Any) -> None:
     @application.command()
     def doctor(
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+        as_json: AsJson = False,
     ) -> None:
         """Backends and why they are used, what limits this machine, optional packages; how to get more.
 

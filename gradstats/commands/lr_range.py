@@ -3,10 +3,12 @@
 # No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
+from typer import Option
 
+from gradstats.commands.options import AsJson, Out, Seed, Target
 from gradstats.commands.running import INTERRUPTED, one_line, print_json
 from gradstats.errors import InvalidArgumentError
 
@@ -14,28 +16,27 @@ from gradstats.errors import InvalidArgumentError
 def register(application: Any) -> None:
     @application.command("lr-range")
     def lr_range(
-        target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY")],
+        target: Target,
         batch_sizes: Annotated[
-            Optional[str],  # noqa: UP045
-            typer.Option(
+            str | None,
+            Option(
                 metavar="B,B,...",
                 help="As 16,32,64; from three on a scaling rule is fitted. Default: the workload's.",
             ),
         ] = None,
-        steps: Annotated[int, typer.Option(help="Optimizer steps of a run at one rate.")] = 20,
-        repeats: Annotated[int, typer.Option(help="Runs at each rate, in other data orders.")] = 3,
+        steps: Annotated[int, Option(help="Optimizer steps of a run at one rate.")] = 20,
+        repeats: Annotated[int, Option(help="Runs at each rate, in other data orders.")] = 3,
         lowest: Annotated[
-            Optional[float],  # noqa: UP045
-            typer.Option(help="Lowest rate tried, with --highest. Default: found."),
+            float | None, Option(help="Lowest rate tried, with --highest. Default: found.")
         ] = None,
-        highest: Annotated[Optional[float], typer.Option(help="Highest rate tried.")] = None,  # noqa: UP045
+        highest: Annotated[float | None, Option(help="Highest rate tried.")] = None,
         loss_samples: Annotated[
-            int, typer.Option(help="On which the loss after a run is taken, at most.")
+            int, Option(help="On which the loss after a run is taken, at most.")
         ] = 1024,
-        seed: Annotated[int, typer.Option(help="Of the model and the order of its data.")] = 0,
-        picture: Annotated[Optional[Path], typer.Option(help="Draw the curves here.")] = None,  # noqa: UP045
-        out: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+        seed: Seed = 0,
+        picture: Annotated[Path | None, Option(help="Draw the curves here.")] = None,
+        out: Out = None,
+        as_json: AsJson = False,
     ) -> None:
         """The range of learning rates your training gets ahead at, from where it is now.
 
@@ -65,7 +66,7 @@ def register(application: Any) -> None:
             raise typer.Exit(_run(target, options, seed, picture, out, as_json))
 
 
-def _sizes(text: Optional[str]) -> list[int]:  # noqa: UP045
+def _sizes(text: str | None) -> list[int]:
     try:
         return [] if text is None else [int(part) for part in text.split(",")]
     except ValueError as error:
@@ -78,8 +79,8 @@ def _run(
     target: str,
     options: dict[str, Any],
     seed: int,
-    picture: Optional[Path],  # noqa: UP045
-    out: Optional[Path],  # noqa: UP045
+    picture: Path | None,
+    out: Path | None,
     as_json: bool,
 ) -> int:
     from gradstats.commands.progress import Progress

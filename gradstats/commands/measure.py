@@ -3,10 +3,12 @@
 # No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
+from typer import Option
 
+from gradstats.commands.options import AsJson, Out, Seed, Target
 from gradstats.commands.running import INTERRUPTED, one_line, print_json
 
 LAYERS = 8  # rows of the table
@@ -16,43 +18,39 @@ NAMED = 4  # parameters that are named in a line
 def register(application: Any) -> None:
     @application.command()
     def measure(
-        target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY")],
+        target: Target,
         batch_size: Annotated[
-            Optional[int],  # noqa: UP045
-            typer.Option(help="Samples per optimizer step. Default: the workload's, else 32."),
+            int | None, Option(help="Samples per optimizer step. Default: the workload's, else 32.")
         ] = None,
         micro_batch_size: Annotated[
-            Optional[int],  # noqa: UP045
-            typer.Option(help="Samples at once, a divisor of the batch size."),
+            int | None, Option(help="Samples at once, a divisor of the batch size.")
         ] = None,
-        steps: Annotated[int, typer.Option(help="Optimizer steps, at most.")] = 100,
+        steps: Annotated[int, Option(help="Optimizer steps, at most.")] = 100,
         precision: Annotated[
-            Optional[float],  # noqa: UP045
-            typer.Option(help="End once the interval's ends differ by this factor: 1.5, say."),
+            float | None,
+            Option(help="End once the interval's ends differ by this factor: 1.5, say."),
         ] = None,
-        frozen: Annotated[
-            bool, typer.Option("--frozen", help="No updates of the weights.")
-        ] = False,
+        frozen: Annotated[bool, Option("--frozen", help="No updates of the weights.")] = False,
         method: Annotated[
-            str, typer.Option(help="per_sample (exact), norm_layers or micro_batch.")
+            str, Option(help="per_sample (exact), norm_layers or micro_batch.")
         ] = "per_sample",
-        sample: Annotated[str, typer.Option(help="What is counted: example or token.")] = "example",
-        every: Annotated[int, typer.Option(help="Measure one step out of so many.")] = 1,
+        sample: Annotated[str, Option(help="What is counted: example or token.")] = "example",
+        every: Annotated[int, Option(help="Measure one step out of so many.")] = 1,
         geometry: Annotated[
-            Optional[list[str]],  # noqa: UP045
-            typer.Option(help="Also as the optimizer sees it: adam or sign; may be repeated."),
+            list[str] | None,
+            Option(help="Also as the optimizer sees it: adam or sign; may be repeated."),
         ] = None,
-        seed: Annotated[int, typer.Option(help="Of the model and the order of its data.")] = 0,
-        overhead: Annotated[bool, typer.Option(help="Time plain against measured steps.")] = True,
+        seed: Seed = 0,
+        overhead: Annotated[bool, Option(help="Time plain against measured steps.")] = True,
         timing: Annotated[
-            bool, typer.Option(help="Time several batch sizes, so that the advice weighs time.")
+            bool, Option(help="Time several batch sizes, so that the advice weighs time.")
         ] = True,
         log: Annotated[
-            Optional[Path],  # noqa: UP045
-            typer.Option(help="Write the rows here as it goes (JSON lines; `gradstats watch`)."),
+            Path | None,
+            Option(help="Write the rows here as it goes (JSON lines; `gradstats watch`)."),
         ] = None,
-        out: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+        out: Out = None,
+        as_json: AsJson = False,
     ) -> None:
         """The noise scale of your training, its layers, what measuring costs, and the batch size to use.
 

@@ -4,9 +4,9 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from gradstats.commands.progress import Progress
 from gradstats.commands.running import one_line, print_json
@@ -18,13 +18,12 @@ def register(application: Any) -> None:
     @application.command()
     def report(
         files: Annotated[
-            list[Path],
-            typer.Argument(metavar="FILE...", help="Logs, and what commands wrote by --out."),
+            list[Path], Argument(metavar="FILE...", help="Logs, and what commands wrote by --out.")
         ],
-        out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
-        title: Annotated[Optional[str], typer.Option(help="Default: the files' names.")] = None,  # noqa: UP045
+        out: Annotated[Path, Option(help="The HTML file to write.")] = Path("report.html"),
+        title: Annotated[str | None, Option(help="Default: the files' names.")] = None,
         as_json: Annotated[
-            bool, typer.Option("--json", help="One JSON object: the verdict and what was found.")
+            bool, Option("--json", help="One JSON object: the verdict and what was found.")
         ] = False,
     ) -> None:
         """One HTML file from training logs and results: the verdict, figures, warnings and data.

@@ -3,90 +3,73 @@
 # No `from __future__ import annotations`: typer reads the annotations where they are evaluated.
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
+from typer import Option
 
+from gradstats.commands.options import AsJson, Target
 from gradstats.commands.running import INTERRUPTED, one_line, print_json
 
 
 def register(application: Any) -> None:
     @application.command()
     def sweep(
-        target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY")],
+        target: Target,
         plans: Annotated[
             str,
-            typer.Option(
-                help="Batch size x steps, as 16x2000,64x500,256x125 (64x500@0.1: its rate)."
-            ),
+            Option(help="Batch size x steps, as 16x2000,64x500,256x125 (64x500@0.1: its rate)."),
         ],
-        seeds: Annotated[int, typer.Option(help="Trials of each plan.")] = 5,
+        seeds: Annotated[int, Option(help="Trials of each plan.")] = 5,
         learning_rate: Annotated[
-            Optional[float],  # noqa: UP045
-            typer.Option(help="Of the base plan. Default: the optimizer's."),
+            float | None, Option(help="Of the base plan. Default: the optimizer's.")
         ] = None,
         rule: Annotated[
-            str, typer.Option(help="Other plans' rates from it: same, linear, sqrt or noise.")
+            str, Option(help="Other plans' rates from it: same, linear, sqrt or noise.")
         ] = "same",
         base: Annotated[
-            Optional[str],  # noqa: UP045
-            typer.Option(
-                help="Plan that the rate suits. Default: that of the factory's batch size."
-            ),
+            str | None,
+            Option(help="Plan that the rate suits. Default: that of the factory's batch size."),
         ] = None,
         noise_scale: Annotated[
-            Optional[float],  # noqa: UP045
-            typer.Option(
-                help="For --rule noise. Default: measured in the base plan's first trial."
-            ),
+            float | None,
+            Option(help="For --rule noise. Default: measured in the base plan's first trial."),
         ] = None,
-        warm_up: Annotated[float, typer.Option(help="Share of the samples, 0 to 1.")] = 0.0,
-        decay: Annotated[str, typer.Option(help="Of the rate: none, cosine or linear.")] = "none",
-        looks: Annotated[int, typer.Option(help="Points of each curve.")] = 40,
-        evaluation: Annotated[
-            int, typer.Option(help="Samples that a loss is taken on, at most.")
-        ] = 2048,
+        warm_up: Annotated[float, Option(help="Share of the samples, 0 to 1.")] = 0.0,
+        decay: Annotated[str, Option(help="Of the rate: none, cosine or linear.")] = "none",
+        looks: Annotated[int, Option(help="Points of each curve.")] = 40,
+        evaluation: Annotated[int, Option(help="Samples that a loss is taken on, at most.")] = 2048,
         micro_batch_size: Annotated[
-            Optional[int],  # noqa: UP045
-            typer.Option(help="Samples of one backward at most."),
+            int | None, Option(help="Samples of one backward at most.")
         ] = None,
         sharpness: Annotated[
-            bool,
-            typer.Option("--sharpness", help="Of the minima: Keskar's, and the top eigenvalue."),
+            bool, Option("--sharpness", help="Of the minima: Keskar's, and the top eigenvalue.")
         ] = False,
-        epsilon: Annotated[float, typer.Option(help="Of --sharpness.")] = 1e-3,
+        epsilon: Annotated[float, Option(help="Of --sharpness.")] = 1e-3,
         subspace: Annotated[
-            Optional[int],  # noqa: UP045
-            typer.Option(help="Dimensions: --sharpness in a random subspace too."),
+            int | None, Option(help="Dimensions: --sharpness in a random subspace too.")
         ] = None,
         variance: Annotated[
-            bool, typer.Option(help="Measure the gradient's variance against 1/B.")
+            bool, Option(help="Measure the gradient's variance against 1/B.")
         ] = True,
-        precision: Annotated[float, typer.Option(help="Standard error of that variance.")] = 0.02,
+        precision: Annotated[float, Option(help="Standard error of that variance.")] = 0.02,
         target_loss: Annotated[
-            Optional[float],  # noqa: UP045
-            typer.Option(help="For steps to it. Default: the lowest that all reach."),
+            float | None, Option(help="For steps to it. Default: the lowest that all reach.")
         ] = None,
         out: Annotated[
-            Path, typer.Option(help="Result file; trials are kept in a folder beside it.")
+            Path, Option(help="Result file; trials are kept in a folder beside it.")
         ] = Path("runs/sweep.json"),
-        picture: Annotated[
-            Optional[Path],  # noqa: UP045
-            typer.Option(help="Draw the result (PNG, SVG, PDF)."),
-        ] = None,
-        jobs: Annotated[int, typer.Option(help="Trials at a time, in processes.")] = 1,
+        picture: Annotated[Path | None, Option(help="Draw the result (PNG, SVG, PDF).")] = None,
+        jobs: Annotated[int, Option(help="Trials at a time, in processes.")] = 1,
         threads: Annotated[
-            Optional[int],  # noqa: UP045
-            typer.Option(help="Of each trial. Default: the cores over --jobs."),
+            int | None, Option(help="Of each trial. Default: the cores over --jobs.")
         ] = None,
         ray: Annotated[
-            Optional[str],  # noqa: UP045
-            typer.Option(help="Train on a Ray cluster: its address, or local.", metavar="ADDRESS"),
+            str | None,
+            Option(help="Train on a Ray cluster: its address, or local.", metavar="ADDRESS"),
         ] = None,
-        checkpoint_seconds: Annotated[
-            float, typer.Option(help="Between checkpoints of a trial.")
-        ] = 10.0,
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+        checkpoint_seconds: Annotated[float, Option(help="Between checkpoints of a trial.")] = 10.0,
+        as_json: AsJson = False,
     ) -> None:
         """Many small steps or few large ones? Trains each plan from several seeds and compares them.
 

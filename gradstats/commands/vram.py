@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
+from gradstats.commands.options import AsJson, Seed
 from gradstats.commands.running import INTERRUPTED, one_line, print_json
 from gradstats.errors import InvalidArgumentError
 
@@ -17,28 +19,26 @@ from gradstats.errors import InvalidArgumentError
 def register(application: Any) -> None:
     @application.command()
     def vram(
-        target: Annotated[Optional[str], typer.Argument(metavar="MODULE:FACTORY")] = None,  # noqa: UP045
+        target: Annotated[str | None, Argument(metavar="MODULE:FACTORY")] = None,
         memory: Annotated[
-            Optional[str],  # noqa: UP045
-            typer.Option(help="As 2GB or 1.5GiB. Default: what is available."),
+            str | None, Option(help="As 2GB or 1.5GiB. Default: what is available.")
         ] = None,
-        margin: Annotated[float, typer.Option(help="Fraction of the memory left free.")] = 0.1,
+        margin: Annotated[float, Option(help="Fraction of the memory left free.")] = 0.1,
         multiple_of: Annotated[
-            Optional[int],  # noqa: UP045
-            typer.Option(help="Choose among its multiples. Default: powers of two."),
+            int | None, Option(help="Choose among its multiples. Default: powers of two.")
         ] = None,
-        max_size: Annotated[int, typer.Option(help="Largest size tried.")] = 65536,
-        plain: Annotated[bool, typer.Option("--plain", help="Without the monitor.")] = False,
-        seed: Annotated[int, typer.Option(help="Of the model and the order of its data.")] = 0,
+        max_size: Annotated[int, Option(help="Largest size tried.")] = 65536,
+        plain: Annotated[bool, Option("--plain", help="Without the monitor.")] = False,
+        seed: Seed = 0,
         formula: Annotated[
-            Optional[str],  # noqa: UP045
-            typer.Option(
+            str | None,
+            Option(
                 metavar="TOTAL,MODEL,SAMPLE",
                 help="The textbook's answer alone, as for 24GB,4GB,0.2GB; nothing is run.",
             ),
         ] = None,
-        out: Annotated[Optional[Path], typer.Option(help="File for the result.")] = None,  # noqa: UP045
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+        out: Annotated[Path | None, Option(help="File for the result.")] = None,
+        as_json: AsJson = False,
     ) -> None:
         """The largest micro-batch that fits into memory, confirmed by training steps in a new process.
 
@@ -68,7 +68,7 @@ def register(application: Any) -> None:
             raise typer.Exit(_run(target, options, out, as_json))
 
 
-def _run(target: str, options: dict[str, Any], out: Optional[Path], as_json: bool) -> int:  # noqa: UP045
+def _run(target: str, options: dict[str, Any], out: Path | None, as_json: bool) -> int:
     from gradstats.workbench import saved
 
     if out is not None:
@@ -80,7 +80,7 @@ def _run(target: str, options: dict[str, Any], out: Optional[Path], as_json: boo
 def _search(
     target: str,
     options: dict[str, Any],
-    out: Optional[Path],  # noqa: UP045
+    out: Path | None,
     as_json: bool,
     first: bool,
 ) -> int:
@@ -123,7 +123,7 @@ def _ranks() -> Iterator[bool]:
         torch.distributed.destroy_process_group()
 
 
-def _show(found: Any, out: Optional[Path]) -> None:  # noqa: UP045
+def _show(found: Any, out: Path | None) -> None:
     from gradstats.terminal import console_and_table
     from gradstats.workbench.vram.sizes import show_bytes
 
@@ -160,7 +160,7 @@ def _show(found: Any, out: Optional[Path]) -> None:  # noqa: UP045
         console.print(f"Written: {out}", markup=False, soft_wrap=True)
 
 
-def _textbook(text: str, multiple_of: Optional[int], as_json: bool) -> None:  # noqa: UP045
+def _textbook(text: str, multiple_of: int | None, as_json: bool) -> None:
     from gradstats.workbench.vram import formula, parse_bytes
 
     parts = text.split(",")

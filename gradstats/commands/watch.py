@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from gradstats.commands.running import one_line, print_json
 
@@ -18,14 +19,12 @@ NARROW = 100  # columns below which charts stand one below the other
 def register(application: Any) -> None:
     @application.command()
     def watch(
-        file: Annotated[Path, typer.Argument(help="JSON lines of gradstats.Log.")],
-        interval: Annotated[float, typer.Option(help="Seconds between looks.")] = 2.0,
-        wait: Annotated[
-            bool, typer.Option("--wait", help="For a file that is not there yet.")
-        ] = False,
-        once: Annotated[bool, typer.Option("--once", help="Print one view and end.")] = False,
+        file: Annotated[Path, Argument(help="JSON lines of gradstats.Log.")],
+        interval: Annotated[float, Option(help="Seconds between looks.")] = 2.0,
+        wait: Annotated[bool, Option("--wait", help="For a file that is not there yet.")] = False,
+        once: Annotated[bool, Option("--once", help="Print one view and end.")] = False,
         as_json: Annotated[
-            bool, typer.Option("--json", help="One JSON object: the state now; implies --once.")
+            bool, Option("--json", help="One JSON object: the state now; implies --once.")
         ] = False,
     ) -> None:
         """A running training: loss, noise scale against the batch used, speed, layers, warnings.
