@@ -169,10 +169,9 @@ def test_timing_disturbs_nothing(monkeypatch):
     before = [p.detach().clone() for p in task.model.parameters()]
     momentum = [s["momentum_buffer"].clone() for s in task.optimizer.state.values()]
     drawn = torch.get_rng_state()
-    seconds = {}
-    train.time_steps(task, 6, seconds)
-    assert list(seconds) == [1, 3, 6, 12, 24]
-    assert all(s > 0 for s in seconds.values())
+    timing = train.time_steps(task, 6)
+    assert [point.micro_batch_size for point in timing.points] == [1, 3, 6, 12, 24]
+    assert all(point.seconds > 0 for point in timing.points)
     assert all(map(torch.equal, before, task.model.parameters()))
     after = [s["momentum_buffer"] for s in task.optimizer.state.values()]
     assert all(map(torch.equal, momentum, after))

@@ -385,7 +385,15 @@ EDGES = {
     "trial": {"distributed", "errors", "fallback", "monitor", "stats"},
     "truth": {"batches", "calls", "errors", "mixing", "trial"},
     "checking": {"batches", "calls", "distributed", "errors", "report", "trial", "truth"},
-    "loggers": {"errors", "loggers", "stats"},
+    "loggers": {
+        "advice",
+        "batch_advice",
+        "errors",
+        "estimators",
+        "loggers",
+        "stats",
+        "step_time",
+    },
     "integrations": {
         "advice",
         "errors",

@@ -118,8 +118,8 @@ def test_state():
     [
         ({"noise_scale_high": 301.0}, {}, "too wide to act on"),
         ({"noise_scale_high": None}, {}, "too wide to act on"),
-        ({"batch_size": 20}, {}, "the batch of 20 is below the noise scale's interval: a larger one"),
-        ({"batch_size": 64}, {}, "the batch of 64 is above the noise scale's interval: a smaller one"),
+        ({"batch_size": 20}, {}, "the batch of 20 is below what the noise scale's interval advises, 32 to"),
+        ({"batch_size": 64}, {}, "the batch of 64 is above what the noise scale's interval advises, 32 to"),
         ({"coverage": 0.5}, {}, "speaks for 50% of the trainable parameters only"),
         ({"num_skipped": 3}, {}, "3 steps left out of the noise scale"),
         ({"loss": None}, {}, "the training has diverged"),

@@ -59,6 +59,7 @@ def _state(follower: Any) -> Any:
 
     return state_of(
         follower.rows,
+        about=follower.about,
         age=follower.age,
         spoilt=follower.spoilt,
         restarts=follower.restarts,
@@ -184,6 +185,7 @@ def _head(follower: Any, state: Any) -> Any:
         lines.append(
             f"noise scale {'unknown' if value is None else readable(value)}  (interval {ends})"
             + ("" if used is None else f"   batch used {used:,.0f}")
+            + ("" if state.advice is None else f", advised {state.advice['batch_size']:,}")
         )
     return Text("\n".join(line for line in lines if line), style="bold")
 

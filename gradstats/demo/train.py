@@ -41,15 +41,20 @@ class Run:
     rows: list[gradstats.loggers.Row] = field(default_factory=list)
     steps: int = 0
     seconds: float = 0.0
-    step_seconds: dict[int, float] = field(default_factory=dict)
+    timing: gradstats.StepTime | None = None
     interrupted: bool = False
 
     def recommend(self) -> gradstats.BatchSizeAdvice | None:
         """None where not one step was measured."""
         if not self.rows:
             return None
-        timed = self.step_seconds if len(self.step_seconds) > 1 else None
-        return self.monitor.recommend(batch_size=self.batch_size, step_seconds=timed)
+        return self.monitor.recommend(batch_size=self.batch_size, step_seconds=self.timing)
+
+    @property
+    def step_seconds(self) -> dict[int, float]:
+        """Median seconds of a plain step by batch size."""
+        points = () if self.timing is None else self.timing.points
+        return {point.micro_batch_size: point.seconds for point in points}
 
     def shares(self) -> dict[str, float]:
         """Each module's share of tr Σ, the largest first; empty where it is not known."""
@@ -116,7 +121,8 @@ def train(
                 left = (steps - step) / rate
                 report(Progress(step, row["loss"], monitor.noise_scale(), rate * batch_size, left))
         monitor.detach()
-        time_steps(task, batch_size, run.step_seconds)
+        run.timing = time_steps(task, batch_size)
+        log.timed(run.timing)
     except KeyboardInterrupt:
         run.interrupted = True
         if log.flush() is not None:
@@ -126,8 +132,8 @@ def train(
     return run
 
 
-def time_steps(task: Task, batch_size: int, seconds: dict[int, float]) -> None:
-    """Fill in the median seconds of a plain step at sizes from a quarter to four times the present.
+def time_steps(task: Task, batch_size: int) -> gradstats.StepTime:
+    """Time plain steps at sizes from a quarter to four times the present, taking turns.
 
     The steps are real ones, and everything is as before when they are done.
     """
@@ -138,7 +144,7 @@ def time_steps(task: Task, batch_size: int, seconds: dict[int, float]) -> None:
         task.optimizer.step()
         task.optimizer.zero_grad()
 
-    timing = gradstats.measure_step(
+    return gradstats.measure_step(
         step,
         [batch_size * n // 4 for n in (1, 2, 4, 8, 16) if batch_size * n >= 4],
         restore=(task.model, task.optimizer),
@@ -147,7 +153,6 @@ def time_steps(task: Task, batch_size: int, seconds: dict[int, float]) -> None:
         rounds=TIMED_STEPS,
         memory=False,
     )
-    seconds.update({point.micro_batch_size: point.seconds for point in timing.points})
 
 
 def _loss(rows: list[gradstats.loggers.Row]) -> float | None:

@@ -1,4 +1,4 @@
-"""Rows in files: JSON lines and CSV, and reading the former back."""
+"""Rows in files: JSON lines and CSV."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import csv
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 from gradstats.errors import GradStatsError, InvalidArgumentError
+from gradstats.loggers.about import About
 from gradstats.loggers.log import Row
 
-__all__ = ["CsvFile", "JsonLines", "read_lines", "row_of"]
+__all__ = ["CsvFile", "JsonLines"]
 
 
 class _File:
@@ -41,14 +42,17 @@ class _File:
             self._file.write("\n")
 
     def __call__(self, row: Row, step: int) -> None:
+        self._keep(step, lambda: self._write(row, step))
+
+    def _keep(self, step: int, write: Callable[[], None]) -> None:
         if self.error is not None:
             return
         try:
-            self._write(row, step)
+            write()
             self._file.flush()
         except OSError as error:
             self.error = f"{self.path} takes no more rows since step {step} ({error.strerror})"
-            warnings.warn(f"{self.error}; the training goes on", stacklevel=3)
+            warnings.warn(f"{self.error}; the training goes on", stacklevel=4)
 
     def _write(self, row: Row, step: int) -> None:
         raise NotImplementedError
@@ -61,11 +65,20 @@ class _File:
 
 
 class JsonLines(_File):
-    """One JSON object per row; numbers that are not finite are null. `resume` adds to what is there."""
+    """One JSON object per row; numbers that are not finite are null. `resume` adds to what is there.
+
+    What `Log` knows beside its rows stands in lines of its own, ``{"about": …}``; `read_log` reads both.
+    """
 
     def _write(self, row: Row, step: int) -> None:
-        plain = {k: v if math.isfinite(v) else None for k, v in row.items()}
-        self._file.write(json.dumps(plain) + "\n")
+        self._line({k: v if math.isfinite(v) else None for k, v in row.items()})
+
+    def about(self, about: About, step: int) -> None:
+        """A line of what the rows do not hold; of several, the later counts."""
+        self._keep(step, lambda: self._line({"about": about.to_dict()}))
+
+    def _line(self, content: dict[str, Any]) -> None:
+        self._file.write(json.dumps(content) + "\n")
 
 
 class CsvFile(_File):
@@ -89,40 +102,3 @@ class CsvFile(_File):
                 "has the same columns throughout. Pass the same numbers in every step, or use JsonLines"
             )
         csv.writer(self._file).writerow([row.get(name, "") for name in self._columns])
-
-
-def read_lines(path: str | Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows of a file of JSON lines, and how many of its lines hold none (half-written, or no JSON).
-
-    Raises InvalidArgumentError where the file cannot be read.
-    """
-    rows: list[dict[str, Any]] = []
-    spoilt = 0
-    for line in _lines(Path(path)):
-        row = row_of(line)
-        if row is None:
-            spoilt += 1
-        else:
-            rows.append(row)
-    return rows, spoilt
-
-
-def row_of(line: str) -> dict[str, Any] | None:
-    """The row that a line holds; None where it was cut short, or is something else."""
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
-        return None
-    step = row.get("step") if isinstance(row, dict) else None
-    known = isinstance(step, (int, float)) and not isinstance(step, bool) and math.isfinite(step)
-    return row if known else None
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.strip():
-                    yield line
-    except OSError as error:
-        raise InvalidArgumentError(f"{path} cannot be read ({error.strerror})") from error

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from gradstats.advice import require_one_unit
 from gradstats.errors import InvalidArgumentError
+from gradstats.estimators import NoiseScale
+from gradstats.loggers.about import About
 from gradstats.stats import GradStats
+from gradstats.step_time import StepTime
 
 __all__ = ["Log", "Row", "Sink"]
 
@@ -35,15 +40,17 @@ class Log:
     Args:
         monitor: of `gradstats.attach`.
         sinks: functions sink(row, step): `JsonLines`, `CsvFile`, those of `gradstats.integrations`, or
-            yours.
+            yours. One that raises an Exception loses that row and is warned of, once by its name: what is
+            noted of a training does not end it. Where it has a method ``about``, that is called with what
+            the rows do not hold (`gradstats.loggers.About`) and the step, whenever that changes.
         every: optimizer steps between rows. Making a row waits for the device; other steps do not.
         layers: also each layer's share of tr Σ (`layer_share/<parameter>`), where the monitor keeps them.
 
     A row holds `step` (optimizer steps, from 1), `samples` seen, `seconds` since the first step,
     `batch_size` (the largest of the row's steps), `loss` and whatever else `step` was given (means over the
     steps since the row before), `noise_scale`, `noise_scale_low`, `noise_scale_high`, `tr_sigma`,
-    `true_grad_sq_norm`, `num_skipped`, `coverage`, and `learning_rate` where the monitor knows the
-    optimizer. Numbers may be infinite or NaN.
+    `true_grad_sq_norm`, `num_samples` and `num_steps` behind them, `num_skipped`, `coverage`, and
+    `learning_rate` where the monitor knows the optimizer. Numbers may be infinite or NaN.
     """
 
     def __init__(self, monitor: Any, *sinks: Sink, every: int = 10, layers: bool = True) -> None:
@@ -59,6 +66,20 @@ class Log:
         self._sums: dict[str, list[float | Tensor]] = {}
         self._shares: Tensor | None = None
         self._names: tuple[str, ...] = ()
+        self._timing: StepTime | None = None
+        self._tokens: float | None = None  # of a sample that was timed
+        self._said: About | None = None
+        self._failed: set[int] = set()  # sinks, by their place
+
+    def timed(self, timing: StepTime, *, tokens_per_sample: float | None = None) -> None:
+        """Note what `gradstats.measure_step` found, so that advice from the log weighs time.
+
+        At any time, before the training or after it. `tokens_per_sample`: where the monitor counts tokens.
+        Raises InvalidArgumentError where that is missing, or out of place.
+        """
+        require_one_unit(self.monitor.sample, timing, tokens_per_sample)
+        self._timing, self._tokens = timing, tokens_per_sample
+        self._say(self.monitor.noise_scale())
 
     def step(self, stats: GradStats | None = None, **more: float | Tensor) -> Row | None:
         """Count an optimizer step; returns the row where one was made.
@@ -87,18 +108,50 @@ class Log:
         if self.steps == self._written:
             return None
         self._written = self.steps
-        row = self._row()
-        for sink in self.sinks:
-            sink(row, self.steps)
+        noise = self.monitor.noise_scale()
+        self._say(noise)
+        row = self._row(noise)
+        self._tell(lambda sink: sink(row, self.steps))
         return row
 
     def close(self) -> None:
         """Make the row of the last steps, where one is due, and close the sinks that can be closed."""
         self.flush()
-        for sink in self.sinks:
-            close = getattr(sink, "close", None)
-            if close is not None:
-                close()
+        self._tell(lambda sink: getattr(sink, "close", lambda: None)())
+
+    def _say(self, noise: NoiseScale) -> None:
+        """What the rows do not hold, where it is not what was said before."""
+        optimizer = self.monitor.optimizer
+        about = About(
+            optimizer=None if optimizer is None else type(optimizer).__name__,
+            confidence=noise.confidence,
+            method=noise.method,
+            calibration=noise.calibration,
+            note=noise.note,
+            sample=self.monitor.sample,
+            tokens_per_sample=self._tokens,
+            timing=self._timing,
+        )
+        if about != self._said:
+            self._said = about
+            self._tell(lambda sink: getattr(sink, "about", lambda *_: None)(about, self.steps))
+
+    def _tell(self, call: Callable[[Any], object]) -> None:
+        """Call each sink. The training is worth more than what is noted of it."""
+        for place, sink in enumerate(self.sinks):
+            try:
+                call(sink)
+            except Exception as error:
+                if place in self._failed:
+                    continue
+                self._failed.add(place)
+                name = getattr(sink, "__qualname__", type(sink).__qualname__)
+                warnings.warn(
+                    f"the sink {name} failed at step {self.steps} ({type(error).__name__}: {error}), and "
+                    "its row is lost. The training goes on; later rows are offered to it without another "
+                    "warning",
+                    stacklevel=4,
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the rows stand, for a run that is resumed."""
@@ -113,8 +166,7 @@ class Log:
         running = 0.0 if self._began is None else time.perf_counter() - self._began
         return self._earlier + running
 
-    def _row(self) -> Row:
-        noise = self.monitor.noise_scale()
+    def _row(self, noise: NoiseScale) -> Row:
         row: Row = {
             "step": self.steps,
             "samples": int(self._samples),
@@ -125,6 +177,8 @@ class Log:
             "noise_scale_high": noise.high,
             "tr_sigma": noise.tr_sigma,
             "true_grad_sq_norm": noise.true_grad_sq_norm,
+            "num_samples": noise.num_samples,
+            "num_steps": noise.num_steps,
             "num_skipped": noise.num_skipped,
             "coverage": noise.coverage,
         }

@@ -10,7 +10,7 @@ from typing import Any
 
 from gradstats.errors import InvalidArgumentError
 from gradstats.estimators import NoiseScale
-from gradstats.loggers import read_lines
+from gradstats.loggers import Logged, read_log
 from gradstats.step_time import StepTime
 from gradstats.workbench import saved
 from gradstats.workbench.advise.overfitting import Curve
@@ -84,8 +84,7 @@ def gather(paths: Sequence[Path]) -> Evidence:
     found = Evidence()
     for path in paths:
         if path.suffix in LOGS:
-            rows, _ = read_lines(path)
-            found = found.joined(of_log(rows, path.name))
+            found = found.joined(of_log(read_log(path), path.name))
             continue
         content = saved.read(path, *KINDS)
         kind = str(content["kind"]).removeprefix("gradstats ")
@@ -194,29 +193,26 @@ def _sweep(content: Mapping[str, Any]) -> Evidence:
     return Evidence(curves=evaluated, sweep=ends, sources=(f"{len(content['trials'])} trainings",))
 
 
-def of_log(rows: Sequence[Mapping[str, Any]], name: str) -> Evidence:
-    """From the rows of `gradstats.Log`."""
-    read = [row for row in rows if "noise_scale" in row]
-    curve = _curve(name, rows, "step")
-    found = Evidence(curves=((curve,),) if curve.at else (), sources=(f"{name}: {len(rows)} rows",))
-    if not read:
+def of_log(log: Logged, name: str) -> Evidence:
+    """From what `gradstats.Log` wrote."""
+    curve, about = _curve(name, log.rows, "step"), log.about
+    said = f"{name}: {len(log.rows)} rows"
+    found = Evidence(curves=((curve,),) if curve.at else (), sources=(said,))
+    noise, size = log.noise_scale(), log.present("batch_size")
+    if noise is None:
         return found
-    last = read[-1]
-    ends = {end: last.get(f"noise_scale_{end}") for end in ("low", "high")}
-    skipped = int(last.get("num_skipped") or 0)
-    noise = NoiseScale.from_dict(
-        {
-            "value": last["noise_scale"], "low": ends["low"] or 0.0, "high": ends["high"],
-            "confidence": 0.9, "num_samples": int(last.get("samples") or 0),
-            "num_steps": max(int(last["step"]) - skipped, 0), "num_skipped": skipped,
-            "tr_sigma": last.get("tr_sigma"), "true_grad_sq_norm": last.get("true_grad_sq_norm"),
-            "coverage": last.get("coverage") or 1.0,
-        }
-    )  # fmt: skip
-    size = int(last.get("batch_size") or 0) or None
-    said = (*found.sources, f"{name}: {noise}")
-    rate = last.get("learning_rate")
-    return replace(found, noise=noise, batch_size=size, learning_rate=rate, sources=said)
+    if about.tokens_per_sample:
+        noise = noise.per(about.tokens_per_sample)
+        size = None if size is None else max(1.0, size / about.tokens_per_sample)
+    return replace(
+        found,
+        noise=noise,
+        batch_size=None if size is None else round(size) or None,
+        learning_rate=log.present("learning_rate"),
+        optimizer=about.optimizer,
+        timing=about.timing,
+        sources=(*found.sources, f"{name}: {noise}"),
+    )
 
 
 def _curve(name: str, rows: Sequence[Mapping[str, Any]], at: str) -> Curve:

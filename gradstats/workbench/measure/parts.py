@@ -56,6 +56,7 @@ class Run:
         self.optimizer = cast(torch.optim.Optimizer, workload.optimizer)
         self.parts = settings.batch_size // settings.micro_batch_size
         self.rows: list[Row] = []
+        self.log: Log | None = None
         self.steps = 0
         self.counted = 0  # samples, or tokens, that the monitor saw
         self.seconds = 0.0
@@ -83,7 +84,7 @@ class Run:
         sinks: Sequence[Sink],
     ) -> None:  # fmt: skip
         """Take the steps, with a row of the log every so many."""
-        log = Log(monitor, lambda row, _: self.rows.append(row), *sinks, every=row_every)
+        self.log = log = Log(monitor, lambda row, _: self.rows.append(row), *sinks, every=row_every)
         batches = self._batches(self.settings.micro_batch_size)
         began = time.perf_counter()
         try:
@@ -142,6 +143,8 @@ class Run:
                 warmup=1,
                 memory_bytes=None if cuda else available_bytes(),
             )
+            if self.log is not None:
+                self.log.timed(self.timing, tokens_per_sample=self._tokens())
         except (
             RuntimeError,
             InvalidArgumentError,
@@ -177,12 +180,15 @@ class Run:
             text += ". It does not fit the memory; pass a smaller micro_batch_size"
         return text
 
+    def _tokens(self) -> float | None:
+        """Of a sample, on average; None where tokens are not counted."""
+        if self.settings.sample != "token" or not self.steps:
+            return None
+        return self.counted / (self.steps * self.settings.batch_size)
+
     def result(self, monitor: Monitor, geometry: Sequence[str]) -> Measurement:
         """What was found so far."""
-        tokens = None
-        if self.settings.sample == "token" and self.steps:
-            tokens = self.counted / (self.steps * self.settings.batch_size)
-        advice = None
+        tokens, advice = self._tokens(), None
         if self.coverage is not None:
             now = self.settings.batch_size
             advice = monitor.recommend(

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradstats.advice import recommend, scale_learning_rate
+from gradstats.advice import scale_learning_rate
 from gradstats.estimators import NoiseScale
+from gradstats.loggers import Logged
 from gradstats.workbench.report.inputs import Input, Run, number
 
 __all__ = ["Basis", "basis_of_measure", "basis_of_run", "memory_cap", "runs_of"]
 
-CONFIDENCE = 0.9  # of the intervals that Log writes
 # What the advice is spoken of by.
 NEEDED = (
     *("batch_size", "steps", "samples", "low"),
@@ -45,7 +45,7 @@ class Basis:
 
 def runs_of(inputs: Sequence[Input]) -> list[Run]:
     """The trainings whose rows are at hand: logs, or else measurements, which are short ones."""
-    logs = [Run(given.name, given.rows) for given in inputs if given.kind == "log"]
+    logs = [Run(g.name, g.rows, g.about) for g in inputs if g.kind == "log"]
     return logs or [
         Run(given.name, given.content["rows"])
         for given in inputs
@@ -62,12 +62,9 @@ def memory_cap(inputs: Sequence[Input]) -> int | None:
 
 def basis_of_run(run: Run, cap: int | None) -> Basis | None:
     """None where no row holds a batch size and a noise scale."""
-    size = run.last("batch_size")
-    noise = _noise(run)
-    if not (size >= 1) or noise is None:
-        return None
-    advice = recommend(noise, batch_size=round(size), max_micro_batch_size=cap).to_dict()
-    return _basis(run.name, noise, advice)
+    log = Logged(run.rows, run.about)
+    noise, advice = log.noise_scale(), log.recommend(max_micro_batch_size=cap)
+    return None if noise is None or advice is None else _basis(run.name, noise, advice.to_dict())
 
 
 def basis_of_measure(given: Input) -> Basis | None:
@@ -101,36 +98,3 @@ def _basis(name: str, noise: NoiseScale, advice: Mapping[str, Any]) -> Basis:
             "Adam": scale_learning_rate(1.0, now, then, rule="sqrt"),
         }
     return Basis(name, noise, advice, factors)
-
-
-def _noise(run: Run) -> NoiseScale | None:
-    """The noise scale of the last row, as the monitor had it."""
-    rows = [row for row in run.rows if "noise_scale" in row]
-    if not rows:
-        return None
-    last = rows[-1]
-    tr_sigma, square = (number(last.get(key)) for key in ("tr_sigma", "true_grad_sq_norm"))
-    value = number(last.get("noise_scale"))
-    if math.isnan(value) and tr_sigma > 0 >= square:  # null stands for infinite, too
-        value = math.inf
-    low, high = (number(last.get(f"noise_scale_{end}")) for end in ("low", "high"))
-    skipped, coverage = number(last.get("num_skipped")), number(last.get("coverage"))
-    skipped = skipped if 0 <= skipped < math.inf else 0.0
-    return NoiseScale(
-        value=value,
-        low=low if low >= 0 else 0.0,
-        high=math.inf if math.isnan(high) else high,
-        confidence=CONFIDENCE,
-        num_samples=_count(last.get("samples")),
-        num_steps=_count(number(last.get("step")) - skipped),
-        num_skipped=_count(skipped),
-        tr_sigma=tr_sigma,
-        true_grad_sq_norm=square,
-        coverage=coverage if 0 <= coverage <= 1 else 1.0,
-    )
-
-
-def _count(value: Any) -> int:
-    """A whole number of at least 0; 0 where it is not known."""
-    value = number(value)
-    return round(max(0.0, value)) if math.isfinite(value) else 0

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradstats.errors import InvalidArgumentError
-from gradstats.loggers import read_lines
+from gradstats.loggers import About, read_log
 from gradstats.workbench import saved
 
 __all__ = ["KINDS", "Input", "Run", "guarded", "number", "numbers", "objects", "read"]
@@ -40,15 +40,16 @@ T = TypeVar("T")
 class Input:
     """A file: its name in the report, its kind ("log" or one of KINDS), and what it holds.
 
-    `content` is the result's object; a log has `rows` instead. `spoilt` counts lines that hold no row,
-    `replaced` rows that a resumed training wrote again.
+    `content` is the result's object; a log has `rows` instead, and what it says `about` them. `spoilt`
+    counts lines that hold no row, `replaced` rows that a resumed training wrote again.
     """
 
     name: str
     path: str
     kind: str
     content: Mapping[str, Any] = field(default_factory=dict)
-    rows: Sequence[Mapping[str, Any]] = ()
+    rows: Sequence[dict[str, Any]] = ()
+    about: About = field(default_factory=About)
     spoilt: int = 0
     replaced: int = 0
 
@@ -58,7 +59,8 @@ class Run:
     """The rows of one training in the order of their steps, of a log or of a measurement."""
 
     name: str
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[dict[str, Any]]
+    about: About = field(default_factory=About)
     _columns: dict[str, Array] = field(default_factory=dict, repr=False, compare=False)
 
     def column(self, key: str) -> Array:
@@ -145,14 +147,15 @@ def _read(path: Path, name: str) -> Input:
         kind = str(content["kind"]).removeprefix("gradstats ")
         _look_through(path, kind, content)
         return Input(name, str(path), kind, content)
-    rows, spoilt = read_lines(path)
-    if not rows:
+    log = read_log(path)
+    if not log.rows:
         raise InvalidArgumentError(
-            f"{path} is neither a log of gradstats.Log (none of its {spoilt:,} lines is a row) nor a "
+            f"{path} is neither a log of gradstats.Log (none of its {log.spoilt:,} lines is a row) nor a "
             "whole result file; was it cut short?"
         )
-    kept = _in_order(rows)
-    return Input(name, str(path), "log", {}, kept, spoilt, len(rows) - len(kept))
+    kept = _in_order(log.rows)
+    replaced = len(log.rows) - len(kept)
+    return Input(name, str(path), "log", {}, kept, log.about, log.spoilt, replaced)
 
 
 def _look_through(path: Path, kind: str, content: Mapping[str, Any]) -> None:
@@ -165,7 +168,7 @@ def _look_through(path: Path, kind: str, content: Mapping[str, Any]) -> None:
             )
 
 
-def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without the rows of steps that a resumed training has done again."""
     kept: list[dict[str, Any]] = []
     first = math.inf

@@ -104,8 +104,8 @@ def overhead(given: Input) -> list[Bars | Figure | None]:
     return [bars, step_time(given.content.get("timing"))]
 
 
-def step_time(timing: Any) -> Figure | None:
-    """Seconds of a step by micro-batch size, of StepTime.to_dict()."""
+def step_time(timing: Any, of: str = "") -> Figure | None:
+    """Seconds of a step by micro-batch size, of StepTime.to_dict(); `of` is added to the title."""
     points = timing.get("points") if isinstance(timing, Mapping) else None
     points = [p for p in points or [] if isinstance(p, dict)]
     if not points:
@@ -128,7 +128,7 @@ def step_time(timing: Any) -> Figure | None:
                 Line(f"{name}, fitted", ends, fitted, style="dashed", colour=i, in_legend=False)
             )
     return Figure(
-        "Time of a step by micro-batch size",
+        f"Time of a step by micro-batch size{of}",
         "Medians with quartiles, and the fitted line. Where it is flat, larger micro-batches are nearly "
         "free in time.",
         Axis("micro-batch size (samples)", zero=True),

@@ -137,6 +137,10 @@ def _of_runs(
         title = f"Share of tr Σ by layer, {given.name}"
         layers.add(noise.share_bars(title, share, notes))
         costs.add(*machine.overhead(given))
+    if not measured:  # the log of a measurement says the same again
+        for run in trainings:
+            if run.about.timing is not None:
+                costs.add(machine.step_time(run.about.timing.to_dict(), runs.of(run, trainings)))
     costs.add(runs.speed(trainings))
     return [
         noise.noise(trainings, marks),

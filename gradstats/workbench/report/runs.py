@@ -24,7 +24,7 @@ SAMPLES = Axis("samples seen")
 KNOWN = {
     *("step", "samples", "seconds", "batch_size", "loss", "learning_rate", "tr_sigma"),
     *("noise_scale", "noise_scale_low", "noise_scale_high", "true_grad_sq_norm"),
-    *("num_skipped", "coverage", *VALIDATION),
+    *("num_samples", "num_steps", "num_skipped", "coverage", *VALIDATION),
 }
 
 Array = NDArray[np.float64]

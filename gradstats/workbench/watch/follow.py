@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstats.errors import InvalidArgumentError
-from gradstats.loggers import row_of
+from gradstats.loggers import About, entry_of
 
 __all__ = ["Follower"]
 
@@ -17,15 +17,16 @@ HEAD = 256  # bytes at the beginning by which a file is known again
 class Follower:
     """The rows of a log so far; `read` adds what was written since.
 
-    `rows`: in the order of their steps. A run that went on from a checkpoint writes some steps again: the
-    later ones count, and `resumed` how often that was. `spoilt`: lines that hold no row. A last line
-    without its end is left until it has one. `restarts`: how often the file was emptied or replaced, after
-    which it is read from the beginning.
+    `rows`: in the order of their steps; `about`: what the log says beside them. A run that went on from a
+    checkpoint writes some steps again: the later ones count, and `resumed` how often that was. `spoilt`:
+    lines that hold no row. A last line without its end is left until it has one. `restarts`: how often
+    the file was emptied or replaced, after which it is read from the beginning.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
+        self.about = About()
         self.spoilt = self.restarts = self.resumed = 0
         self.exists = False
         self._changed: float | None = None
@@ -71,6 +72,7 @@ class Follower:
 
     def _begin_again(self) -> None:
         self.rows.clear()
+        self.about = About()
         self.restarts += 1
         self.spoilt = self.resumed = self._position = 0
         self._half = b""
@@ -78,9 +80,12 @@ class Follower:
     def _add(self, line: bytes) -> bool:
         if not line.strip():
             return False
-        row = row_of(line.decode("utf-8", "replace"))
+        row = entry_of(line.decode("utf-8", "replace"))
         if row is None:
             self.spoilt += 1
+            return False
+        if isinstance(row, About):
+            self.about = self.about.joined(row)
             return False
         if self.rows and row["step"] <= self.rows[-1]["step"]:
             self.resumed += 1

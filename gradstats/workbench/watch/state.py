@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from gradstats.estimators import WIDEST_USEFUL, readable
+from gradstats.batch_advice import BatchSizeAdvice
+from gradstats.estimators import NoiseScale
+from gradstats.loggers import About, Logged
 
 __all__ = ["State", "number", "state_of"]
 
@@ -17,8 +19,9 @@ RECENT = 20  # rows behind the speed
 PATIENCE = 5.0  # times the usual time between rows after which a log counts as stalled
 FEWEST_SECONDS = 30.0  # before that
 SHARE = "layer_share/"
+NOTHING = About()
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class State:
     """The last row and what follows from all of them.
 
     `age`: seconds since the log was written to; `samples_per_second` over the last rows; `layers`: shares
-    of tr Σ by parameter, the largest first; `warnings`: sentences by what they are about.
-    None where not known.
+    of tr Σ by parameter, the largest first; `advice`: what `gradstats.recommend` makes of it
+    (`BatchSizeAdvice.to_dict()`); `warnings`: sentences by what they are about. None where not known.
     """
 
     rows: int
@@ -35,6 +38,7 @@ class State:
     samples_per_second: float | None
     age: float | None
     layers: Mapping[str, float]
+    advice: Mapping[str, Any] | None
     warnings: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,13 +49,15 @@ class State:
 def state_of(
     rows: Sequence[Row],
     *,
+    about: About = NOTHING,
     age: float | None = None,
     spoilt: int = 0,
     restarts: int = 0,
     resumed: int = 0,
 ) -> State:
     """The state of a log from its rows (see `Follower`)."""
-    last = rows[-1] if rows else {}
+    last, log = rows[-1] if rows else {}, Logged(rows, about)
+    noise, advice = log.noise_scale(), log.recommend()
     shares = {
         key.removeprefix(SHARE): share
         for key in last
@@ -63,7 +69,8 @@ def state_of(
         samples_per_second=speed(rows),
         age=age,
         layers=dict(sorted(shares.items(), key=lambda item: -item[1])),
-        warnings=_file(rows, age, spoilt, restarts, resumed) | _training(last),
+        advice=None if advice is None else advice.to_dict(),
+        warnings=_file(rows, age, spoilt, restarts, resumed) | _training(last, noise, advice),
     )
 
 
@@ -108,13 +115,15 @@ def _file(
     return found
 
 
-def _training(last: Row) -> dict[str, str]:
+def _training(
+    last: Row, noise: NoiseScale | None, advice: BatchSizeAdvice | None
+) -> dict[str, str]:
     if not last:
         return {}
     found = {}
     if "loss" in last and number(last, "loss") is None:
         found["diverged"] = "the loss is not a number: the training has diverged"
-    found |= _noise(last)
+    found |= _noise(noise, advice)
     coverage = number(last, "coverage")
     if coverage is not None and coverage < 1:
         found["coverage"] = (
@@ -130,21 +139,27 @@ def _training(last: Row) -> dict[str, str]:
     return found
 
 
-def _noise(last: Row) -> dict[str, str]:
+def _noise(noise: NoiseScale | None, advice: BatchSizeAdvice | None) -> dict[str, str]:
     """What the interval says of the batch size that is used."""
-    if "noise_scale" not in last:
+    if noise is None:
         return {"noise": "this log holds no noise scale: is it one of gradstats.Log?"}
-    low, high = number(last, "noise_scale_low") or 0.0, number(last, "noise_scale_high")
-    batch = number(last, "batch_size")
-    if high is None or high > WIDEST_USEFUL * low:
+    if noise.uncalibrated:
+        text = "the noise scale is a proxy without calibration, and not to act on"
+        return {"uncertain": text}
+    if not noise.actionable:
         text = "the noise scale's interval is too wide to act on: measure more steps"
         return {"uncertain": text}
-    if batch is None or low <= batch <= high:
+    if advice is None:
         return {}
-    side, pays = ("below", "a larger one") if batch < low else ("above", "a smaller one")
+    now, low, high = advice.present.batch_size, advice.low, advice.high or math.inf
+    if low <= now <= high:
+        return {}
+    side, pays = ("below", "a larger one") if now < low else ("above", "a smaller one")
+    end = "up" if advice.high is None else f"to {advice.high:,}"
     return {
-        "batch": f"the batch of {readable(batch)} is {side} the noise scale's interval: {pays} takes fewer "
-        f"{'steps' if batch < low else 'samples'} at little cost (`gradstats advise`)"
+        "batch": f"the batch of {now:,} is {side} what the noise scale's interval advises, "
+        f"{low:,} {end}: {pays} takes fewer {'steps' if now < low else 'samples'} at little "
+        "cost (`gradstats advise`)"
     }
 
 
