@@ -156,7 +156,10 @@ class _Plan:
         )
 
     def _find_out_dims(self, expected: Any, args: Any, kwargs: Any) -> None:
-        """The dimensions that shrink where the module sees one sample."""
+        """The dimensions that shrink where the module sees one sample.
+
+        Raises ValueError where there is none in what carries gradients: they would be one sample's.
+        """
         batch, default = self.interposer.batch, self.interposer.batch_dim
         leaves, spec = pytree.tree_flatten((args, kwargs))
         one = [
@@ -169,6 +172,10 @@ class _Plan:
         for t, u in zip(alike.tensors(expected), alike.tensors(alone), strict=True):
             fits = [d for d in (default, *range(t.dim())) if d < t.dim() and t.shape[d] == batch]
             self.out_dims.append(next((d for d in fits if u.shape[d] == 1), -1))
+            if self.out_dims[-1] < 0 and t.requires_grad and batch > 1:
+                raise ValueError(
+                    f"a result of shape {tuple(t.shape)} does not hold {batch} samples"
+                )
 
     # ---- every run ---------------------------------------------------------------------------
 

@@ -43,6 +43,8 @@ def install(
     `only`: names of the parameters to measure (default: all).
     """
     backends.forced()  # what the environment asks for must exist
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"attach() takes the model, an nn.Module, not {type(model).__name__}")
     if not any(_entered(m) for m in model.modules()):
         _leave(model)  # what a copy of an attached model still carries
     aliases = _aliases(model)

@@ -110,14 +110,22 @@ def find(
     Samples are in dimension 0. Random numbers and buffers are as `state` has them afterwards.
 
     Raises:
-        BatchDimError: the rows of a sample are neither next to each other nor B apart.
+        BatchDimError: the rows of a sample are neither next to each other nor B apart, or the
+            forward cannot run with another sample.
         UnsupportedLayerError: samples influence each other.
     """
     batch = interposer.sequences
     other = _another(tensors_in(*args, kwargs), batch)
     values = pytree.tree_map(lambda v: _moved(v, batch, other), (args, kwargs))
     before = _run(interposer, state, original, args, kwargs)
-    after = _run(interposer, state, original, *values)
+    try:
+        after = _run(interposer, state, original, *values)
+    except Exception as error:  # as of lengths that must fall
+        raise BatchDimError(
+            f"the model has other dimensions of {batch} or flattens samples, and its forward fails when "
+            f"a sample takes another's place ({type(error).__name__}: {str(error).splitlines()[0]}), so "
+            "where the samples are could not be found. Say it with monitor.samples(ids=...)."
+        ) from error
     for one, two in zip_longest(before, after):
         if one is None or two is None or (one.path, one.shape) != (two.path, two.shape):
             raise BatchDimError(

@@ -70,6 +70,12 @@ class Options:
                 'the samples (sample="token")'
             )
 
+        if self.optimizer is not None and not hasattr(self.optimizer, "param_groups"):
+            raise InvalidArgumentError(
+                f"optimizer={self.optimizer!r} has no param_groups; pass a torch.optim.Optimizer, or leave "
+                "it out"
+            )
+
     def _check_method(self) -> None:
         by_parts = self.method in ("micro_batch", "ranks")
         if self.weighting is not None:

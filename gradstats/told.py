@@ -24,6 +24,11 @@ def samples(
     moments: bool,
 ) -> Iterator[None]:
     """See `Monitor.samples`. Holds for the forwards inside the block, or the rest of the present one."""
+    for name, given in (("ids", ids), ("cu_seqlens", cu_seqlens), ("mask", mask)):
+        if given is not None and not isinstance(given, Tensor):
+            raise InvalidArgumentError(
+                f"samples({name}=) takes a tensor on the model's device, not {type(given).__name__}"
+            )
     groups = _groups(interposer, ids, num_samples, cu_seqlens)
     counted = None if mask is None else _counted(interposer, mask, moments)
     if groups is None and counted is None:

@@ -67,6 +67,25 @@ def test_no_trainable_parameter(model) -> None:
         gradstats.attach(nn.ReLU())
 
 
+def test_what_is_no_module_is_refused(model) -> None:
+    with pytest.raises(
+        gradstats.AttachError, match=r"takes the model, an nn\.Module, not generator"
+    ):
+        gradstats.attach(model.parameters())
+
+
+@pytest.mark.parametrize("what", ["ids", "cu_seqlens", "mask"])
+def test_samples_takes_tensors(model, what: str) -> None:
+    told = gradstats.attach(model).samples(**{what: [0, 1]})
+    with (
+        pytest.raises(
+            gradstats.InvalidArgumentError, match=rf"samples\({what}=\) takes a tensor.*not list"
+        ),
+        told,
+    ):
+        pass
+
+
 def test_step_without_backward(model) -> None:
     monitor = gradstats.attach(model)
     with pytest.raises(gradstats.NoStatisticsError, match=r"after loss.backward\(\)"):
@@ -93,7 +112,7 @@ def test_batch_norm_in_training_mode_is_refused_by_name(affine: bool) -> None:
     monitor = gradstats.attach(model)
     with pytest.raises(
         gradstats.UnsupportedLayerError,
-        match=r"layer '1\.0': BatchNorm in training mode.*eval.*GroupNorm",
+        match=r"layer '1\.0': BatchNorm in training mode.*eval.*GroupNorm.*micro_batch",
     ):
         model(batch)
     for key, value in model.state_dict().items():
@@ -205,6 +224,10 @@ def test_non_finite_gradients_are_skipped_and_counted(model) -> None:
         ({"batch_dim": -1}, "batch_dim=-1"),
         ({"half_life": -2.0}, "half_life"),
         ({"confidence": 1.5}, "confidence"),
+        (
+            {"optimizer": [0.1]},
+            r"optimizer=\[0.1\] has no param_groups; pass a torch.optim.Optimizer",
+        ),
     ],
 )
 def test_arguments_out_of_range(model, options, message: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from models import loss
 from oracle import assert_matches, per_sample_gradients
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import gradstats
@@ -159,3 +160,82 @@ def test_rounding_of_autocast_is_not_taken_for_samples_that_mix() -> None:
         out = outer(batch)
     out.float().square().sum().backward()
     assert monitor.step().coverage.fraction == 1.0
+
+
+class Tagger(nn.Module):
+    """Sequences of several lengths, packed for the LSTM, as its users write it."""
+
+    def __init__(self, enforce_sorted: bool = False) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(9, 5)
+        self.lstm = nn.LSTM(5, 4, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(8, 3)
+        self.enforce_sorted = enforce_sorted
+
+    def forward(self, batch: Tensor) -> Tensor:
+        ids, lengths = batch[:, :-1], batch[:, -1]
+        packed = pack_padded_sequence(
+            self.tokens(ids), lengths, batch_first=True, enforce_sorted=self.enforce_sorted
+        )
+        out, (state, _) = self.lstm(packed)
+        padded, _ = pad_packed_sequence(out, batch_first=True, total_length=ids.shape[1])
+        return self.head(torch.cat((padded, state.transpose(0, 1).flatten(1)[:, None]), 1))
+
+
+@pytest.mark.parametrize("lengths", [(3, 7, 1, 5), (7, 7, 7, 7), (2,)])
+def test_packed_sequences_are_exact(lengths: tuple[int, ...]) -> None:
+    """The rows of all sequences come out as one tensor: the LSTM alone could not tell them apart."""
+    torch.manual_seed(0)
+    ids = torch.randint(9, (len(lengths), 7))
+    batch = torch.cat((ids, torch.tensor(lengths)[:, None]), 1)
+    model = Tagger()
+    true = per_sample_gradients(model, loss, batch)
+    assert_matches(measured(model, batch).step(), true, 1e-5)
+
+
+def test_packed_sequences_given_to_the_model_are_refused() -> None:
+    model = nn.LSTM(5, 4)
+    monitor = gradstats.attach(model)
+    packed = pack_sequence([torch.randn(length, 5) for length in (3, 2, 1)])
+    model(packed)[0].data.square().mean().backward()
+    with pytest.raises(gradstats.NoStatisticsError, match="no rule covers its use in lstm"):
+        monitor.step()
+
+
+def test_a_result_without_samples_is_not_measured() -> None:
+    """Every sample has its part in it, and run one by one only the first would be kept."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.randn(6))
+
+        def forward(self, rows: Tensor, order: Tensor) -> Tensor:
+            return rows[order.sort().indices.sum() * 0 :] * torch.special.erfcx(self.gain)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flat, self.head = Flat(), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.flat(x.flatten(0, 1), x[:, 0, 0])
+            return self.head(rows.view(x.shape))
+
+    torch.manual_seed(0)
+    model, batch = Whole(), torch.randn(4, 3, 6)
+    true = per_sample_gradients(model, loss, batch)
+    assert_matches(measured(model, batch).step(), true, 1e-5)
+
+
+def test_lengths_that_must_fall_are_refused_where_positions_may_be_samples() -> None:
+    """Where there are as many positions as samples a trial moves one, and this model forbids it."""
+    lengths = torch.tensor([5, 5, 4, 3, 2, 1])
+    batch = torch.cat((torch.randint(9, (6, 5)), lengths[:, None]), 1)
+    model = Tagger(enforce_sorted=True)
+    monitor = gradstats.attach(model)
+    with pytest.raises(gradstats.BatchDimError, match=r"fails when.*`lengths`.*samples\(ids="):
+        model(batch)
+    with monitor.samples(ids=torch.arange(6)):
+        loss(model, batch).backward()
+    assert monitor.step().num_samples == 6

@@ -197,7 +197,8 @@ def batch_norm(
         use.refuse(
             "BatchNorm in training mode mixes the samples of a batch, so no per-sample gradient "
             "exists for anything before it",
-            "call .eval() on it, or use GroupNorm, LayerNorm or InstanceNorm",
+            "call .eval() on it, use GroupNorm, LayerNorm or InstanceNorm, or compare micro-batches "
+            'with attach(method="micro_batch")',
         )
     if not use.tracked(weight, bias):
         rest = (running_mean, running_var, weight, bias, training, momentum, eps, *args)
