@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 def _tests_models() -> Any:
     """tests/models.py, under a name of its own: there is a `models` in this folder as well."""
+    sys.path.append(str(ROOT / "tests"))  # what it imports
     spec = importlib.util.spec_from_file_location("tests_models", ROOT / "tests" / "models.py")
     assert spec is not None
     assert spec.loader is not None

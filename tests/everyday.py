@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import Tied, Twice, loss
+from layers import Tied, Twice
+from models import loss
 from oracle import per_sample_gradients
 from test_shared import Checkpointed, Loop
 from test_where_samples_are import Experts, Flattening

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -10,15 +9,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import gradstats
 
 CLIP = 0.05  # below every gradient's norm here
-
-
-@pytest.fixture
-def one_thread():
-    """Tensors so small keep one thread busy; several would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def net():

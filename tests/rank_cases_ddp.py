@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.distributed as dist
+from layers import Checkpointed
 from models import loss
 from oracle import per_sample_gradients, relative
 from rank_tools import (
@@ -163,8 +164,6 @@ def ddp_every_backward_averaged(rank: int, world: int) -> None:
 
 @case()
 def ddp_checkpointed(rank: int, world: int) -> None:
-    from test_situations import Checkpointed
-
     for reentrant in (False, True):
         torch.manual_seed(0)
         model = Checkpointed(reentrant)

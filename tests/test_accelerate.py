@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from integration_tools import CLIP, data, loader, net, one_thread, plain, require_same, rows_of  # noqa: F401
+from integration_tools import CLIP, loader, net, plain, require_same, rows_of
 from torch import nn
 
 from gradstats.errors import InvalidArgumentError

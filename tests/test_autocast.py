@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from oracle import relative
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -99,3 +100,40 @@ def test_rms_norm_of_narrow_types_is_torch_own(dtype: torch.dtype, size: float) 
     expected = model(x)
     with gradstats.attach(model):
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def test_statistics_are_of_float32_and_gradients_those_without_gradstats() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3))
+    batch = torch.randn(6, 6)
+    monitor = gradstats.attach(model, moments=True)
+    plain = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = model(batch), plain(batch)
+    assert out.dtype == expected.dtype
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    out.float().square().sum(1).mean().backward()
+    stats = monitor.step()
+    assert stats.coverage.fraction == 1
+    assert all(layer.per_sample_sq_norm.dtype == torch.float32 for layer in stats.layers.values())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain(batch)
+    expected.float().square().sum(1).mean().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=2e-2, atol=1e-3)
+    assert set(stats.layers) == {name for name, _ in model.named_parameters()}
+
+
+def test_bfloat16_model_against_its_own_backward() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.LayerNorm(48), nn.Linear(48, 8)).bfloat16()
+    batch = torch.randn(5, 9, 32).bfloat16()
+    single = []
+    for i in range(5):  # the same bfloat16 forward and backward, statistics from float64 products
+        model.zero_grad()
+        model(batch[i : i + 1]).float().square().sum().backward()
+        single.append(sum(p.grad.double().square().sum() for p in model.parameters()))
+    monitor = gradstats.attach(model, loss_reduction="sum")
+    model.zero_grad()
+    model(batch).float().square().sum().backward()
+    assert relative(monitor.step().per_sample_sq_norm, torch.stack(single)) < 1e-2

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,6 @@ from torch import nn
 
 import gradstats
 from gradstats import backends
-from gradstats.cli import main
 from gradstats.errors import GradStatsError, InvalidArgumentError
 from gradstats.workbench import saved
 from gradstats.workbench.bench import bench, bench_step, compare_files, ops
@@ -28,15 +28,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["gradstats", "bench", *map(str, args)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return run
+def run(command_line):
+    return partial(command_line, "bench")
 
 
 # ---- operations ----------------------------------------------------------------------------------

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 
 import pytest
 import torch
-
-from gradstats.cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -17,15 +15,8 @@ def seed() -> None:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):  # type: ignore[no-untyped-def]
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gradstats", "check", *args])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return run
+def run(command_line):  # type: ignore[no-untyped-def]
+    return partial(command_line, "check")
 
 
 def test_command_line(run) -> None:

@@ -10,26 +10,16 @@ import pytest
 import torch
 
 from gradstats import backends, doctor
-from gradstats.cli import main
 from gradstats.extras import extras
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line: its exit code, standard output and standard error."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["gradstats", *args])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
+def run(command_line, monkeypatch):
     monkeypatch.delenv("GRADSTATS_BACKEND", raising=False)
     backends._resolve.cache_clear()  # what one test pretends must not outlive it
-    yield run
+    yield command_line
     backends._resolve.cache_clear()
 
 

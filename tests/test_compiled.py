@@ -8,7 +8,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models import PROBLEMS, Tied, Twice, loss
+from layers import Tied, Twice
+from models import PROBLEMS, loss
 from oracle import assert_matches, per_sample_gradients
 from test_shared import Cancelling, Loop, TiedTwice
 from test_where_samples_are import Flattening

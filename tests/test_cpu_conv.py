@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from threads import num_threads
 from torch import Tensor
 
 from gradstats import reference
@@ -219,14 +220,10 @@ def test_bit_reproducible(name: str) -> None:
 
 
 def test_thread_counts_agree() -> None:
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 3, 8):  # more threads than samples: the panels are shared out
-            torch.set_num_threads(count)
+    for count in (1, 3, 8):  # more threads than samples: the panels are shared out
+        with num_threads(count):
             for name in ("2d", "grouped", "depthwise", "taps", "Gram", "one sample"):
                 check(case(**GEOMETRIES[name]), True, True, True)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

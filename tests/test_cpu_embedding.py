@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import num_threads
 from torch import Tensor
 
 from gradstats import reference
@@ -102,13 +103,10 @@ def test_bit_reproducible_and_independent_of_threads() -> None:
     ids, g = torch.randint(0, 50, (9, 80)), torch.randn(9, 80, 33)
     first = C.embedding_stats(ids, g, 50, -1, True)
     threads = torch.get_num_threads()
-    try:
-        for count in (threads, 1, threads):
-            torch.set_num_threads(count)
+    for count in (threads, 1, threads):
+        with num_threads(count):
             again = C.embedding_stats(ids, g, 50, -1, True)
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("bad", [-1, 7, 2**40])

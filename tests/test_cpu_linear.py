@@ -1,12 +1,10 @@
 """The C++ linear_stats and multi_sq_norm against the reference on the same inputs in float64."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import num_threads
 from torch import Tensor
 
 from gradstats import reference
@@ -44,19 +42,9 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def check(x: Tensor, g: Tensor, weight: bool, bias: bool, moments: bool) -> tuple[Tensor, ...]:
     got = C.linear_stats(x, g, weight, bias, moments)
-    with threads(1):  # many small products: threads only get in each other's way
+    with num_threads(1):  # many small products: threads only get in each other's way
         want = reference.linear_stats(x.double(), g.double(), weight, bias, moments)
     wide = reference.stats_dtype(x.dtype)
     for name, a, b in zip(NAMES, got, want, strict=True):
@@ -200,7 +188,7 @@ def test_bit_reproducible_for_any_number_of_threads(t: int, moments: bool) -> No
     x, g = rand(40, t, 200), rand(40, t, 150)
     runs = []
     for n in (1, 2, 3, 2):
-        with threads(n):
+        with num_threads(n):
             runs.append(C.linear_stats(x, g, True, True, moments))
     for run in runs[1:]:
         for name, a, b in zip(NAMES, runs[0], run, strict=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import num_threads
 from torch import Tensor
 
 from gradstats import reference
@@ -219,12 +220,8 @@ def test_bit_reproducible() -> None:
 
 def test_one_thread_agrees() -> None:
     case = layer_case(5, 333, 65, torch.float32, True, True)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with num_threads(1):
         layer(case, True, True, True, True, dtype=torch.float32)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

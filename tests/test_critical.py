@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 import gradstats
-from gradstats.cli import main
 from gradstats.errors import InvalidArgumentError
 from gradstats.schedulers import Seen, noise_scale
 from gradstats.workbench import saved
@@ -324,15 +323,8 @@ def test_the_factor_is_given_back() -> None:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["gradstats", "critical", *args])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return run
+def run(command_line):
+    return partial(command_line, "critical")
 
 
 QUICK = ("--multipliers", "2,8", "--warm-up", "5", "--samples", "512", "--seeds", "2")

@@ -2,17 +2,17 @@
 
 import json
 import math
-import sys
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
-from gradstats.cli import main
 from gradstats.demo import picture, tasks, train
 from gradstats.demo.screen import Screen
 from gradstats.loggers import read_lines
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KEYS = {
     "step", "samples", "seconds", "batch_size", "loss", "learning_rate", "coverage", "num_skipped",
     "tr_sigma", "true_grad_sq_norm", "noise_scale", "noise_scale_low", "noise_scale_high",
@@ -20,27 +20,8 @@ KEYS = {
 
 
 @pytest.fixture
-def demo(monkeypatch, capsys, tmp_path):
-    """Run the demo: exit code, standard output, standard error."""
-
-    def demo(*args):
-        argv = ["gradstats", "demo", "--out", str(tmp_path / "run"), *args]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return demo
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny steps gain nothing from threads, and lose much where others use the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def demo(command_line, tmp_path):
+    return partial(command_line, "demo", "--out", tmp_path / "run")
 
 
 def check_files(folder, steps, batch_size):

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from doc_blocks import LANGUAGES, PAGES, ROOT, Block, blocks, name
 from doc_pages import common, prelude
 
@@ -18,6 +17,7 @@ import gradstats
 if sys.version_info >= (3, 11):
     import tomllib
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DOCS = ROOT / "docs"
 PAGE = {name(page): blocks(page) for page in PAGES}
 PYTHON = {page: [b for b in found if b.language == "python"] for page, found in PAGE.items()}
@@ -32,15 +32,6 @@ def test_every_block_is_run_or_says_why_not() -> None:
     assert sorted(name(b.page) for b in every if b.why_not) == sorted(NOT_RUN)
     fences = {page: (ROOT / page).read_text("utf-8").count("```") for page in PAGE}
     assert fences == {page: 2 * len(found) for page, found in PAGE.items()}  # none was overlooked
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny steps gain nothing from threads, and lose much where others use the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("page", [page for page, found in PYTHON.items() if found])

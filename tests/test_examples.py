@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from gradstats.loggers import read_lines
 
@@ -17,7 +16,7 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys) -> Run:
+def run(monkeypatch, capsys, one_thread) -> Run:
     """What a script prints, in this process: importing torch anew takes longer than the scripts."""
 
     def run(name: str, *args: object) -> str:
@@ -25,11 +24,8 @@ def run(monkeypatch, capsys) -> Run:
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capsys.readouterr().out
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     monkeypatch.syspath_prepend(EXAMPLES)
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def test_a_stopped_training_goes_on_bit_for_bit(run: Run, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from integration_tools import one_thread, require_same, rows_of  # noqa: F401
+from integration_tools import require_same, rows_of
 from torch import nn
 
 import gradstats

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from models import loss
+from models import PROBLEMS, loss
 from oracle import assert_matches, per_sample_gradients
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
@@ -239,3 +239,51 @@ def test_lengths_that_must_fall_are_refused_where_positions_may_be_samples() -> 
     with monitor.samples(ids=torch.arange(6)):
         loss(model, batch).backward()
     assert monitor.step().num_samples == 6
+
+
+def test_the_fallback_announces_itself_once_and_works_in_chunks() -> None:
+    model = PROBLEMS["one_plus"].make()
+    data = PROBLEMS["one_plus"].data(6)
+    true = per_sample_gradients(model, loss, data)
+    monitor = gradstats.attach(model, moments=True, fallback_bytes=300)
+    with pytest.warns(FallbackWarning, match=r"weight: no rule covers its use in add"):
+        loss(model, data).backward()
+    assert_matches(monitor.step(), true, 1e-5)
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(model, data).backward()
+    assert_matches(monitor.step(), true, 1e-5)
+
+
+def test_compiled_use_without_a_rule_is_reported() -> None:
+    torch._dynamo.reset()
+    problem = PROBLEMS["one_plus"]
+    model, data = problem.make(), problem.data(4)
+    monitor = gradstats.attach(model)
+    loss(torch.compile(model, backend="aot_eager", fullgraph=True), data).backward()
+    stats = monitor.step()
+    assert list(stats.coverage.missing) == ["weight"]
+    assert "does not run in a compiled forward" in stats.coverage.missing["weight"]
+
+
+def test_dropout_before_a_fallback_is_drawn_once() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.drop = nn.Linear(6, 6), nn.Dropout(0.5)
+            self.inner = PROBLEMS["one_plus"].make()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(self.drop(self.a(x)))
+
+    model, batch = Model(), torch.randn(6, 6)
+    torch.manual_seed(3)
+    expected = [model(batch), model(batch)]
+    monitor = gradstats.attach(model)
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for e in expected:
+            torch.testing.assert_close(model(batch), e, rtol=1e-6, atol=1e-6)
+    monitor.detach()

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from integration_tools import CLIP, data, loader, net, one_thread, plain, require_same, rows_of  # noqa: F401
+from integration_tools import CLIP, data, loader, net, plain, require_same, rows_of
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -9,67 +9,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from numbered import numbers, taken
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import gradstats
-from gradstats.plan import row_sizes, rows, share
-
-SIZES = st.integers(1, 7)
-
-
-def numbers(n: int) -> TensorDataset:
-    return TensorDataset(torch.arange(n))
-
-
-def taken(step) -> list[int]:
-    return [int(i) for (batch,), _ in step for i in batch]
-
-
-# --- the plan: pure numbers -----------------------------------------------------------------------
-
-
-@settings(deadline=None)
-@given(st.integers(0, 200), SIZES, SIZES)
-def test_rows_hold_every_sample_and_every_rank_in_each(n, micro, world):
-    sizes = list(row_sizes(n, micro, world))
-    assert sum(sizes) == (n if n >= world else 0)
-    most = micro * world if micro > 1 else 2 * world - 1
-    assert all(world <= size <= most for size in sizes)
-    every = [list(rows(0, n, micro, rank, world)) for rank in range(world)]
-    assert {len(mine) for mine in every} == {len(sizes)}
-    positions = [
-        i for row in zip(*every, strict=True) for first, end in row for i in range(first, end)
-    ]
-    assert positions == list(range(sum(sizes)))
-    if micro > 1:
-        assert all(1 <= end - first <= micro for mine in every for first, end in mine)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 200), SIZES, SIZES, st.data())
-def test_a_plan_goes_on_from_any_row(n, micro, world, data):
-    sizes = list(row_sizes(n, micro, world))
-    done = data.draw(st.integers(0, len(sizes)))
-    assert list(row_sizes(n - sum(sizes[:done]), micro, world)) == sizes[done:] * (n >= world)
-
-
-@settings(deadline=None)
-@given(st.integers(0, 200), SIZES, SIZES)
-def test_full_rows_are_of_one_size(n, micro, world):
-    sizes = list(row_sizes(n, micro, world, full=True))
-    assert set(sizes) <= {micro * world}
-    assert 0 <= n - sum(sizes) < micro * world
-
-
-@settings(deadline=None)
-@given(st.integers(1, 60), SIZES)
-def test_shares_differ_by_one_at_most(size, world):
-    parts = [share(size, rank, world) for rank in range(world)]
-    lengths = [end - first for first, end in parts]
-    assert sum(lengths) == size
-    assert max(lengths) - min(lengths) <= 1
-
 
 # --- one process and several ---------------------------------------------------------------------
 
@@ -302,73 +246,6 @@ def test_workers_random_numbers_are_the_same_in_each_run_and_differ_between_rank
     assert not set(draw(0)) & set(draw(1))
 
 
-# --- other loaders -------------------------------------------------------------------------------
-
-
-def test_grouped_batches_of_any_loader():
-    loader = gradstats.GroupedLoader(DataLoader(numbers(11), batch_size=2), accumulation_steps=2)
-    sizes, found, weights = [], [], []
-    for step in loader:
-        sizes.append(step.num_samples)
-        for (batch,), weight in step:
-            found += batch.tolist()
-            weights.append(weight)
-        loader.accumulation_steps = 3
-    assert found == list(range(11))
-    assert sizes == [4, 6, 1]
-    assert weights == pytest.approx([1 / 2] * 2 + [1 / 3] * 3 + [1])
-    assert loader.batch_size == 6
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.data(), st.integers(1, 40), st.integers(1, 4), st.booleans())
-def test_groups_lose_nothing_while_their_count_changes_and_runs_are_resumed(
-    data, n, micro, shuffle
-):
-    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
-
-    def make():
-        generator = torch.Generator().manual_seed(3)
-        batches = stateful(numbers(n), batch_size=micro, shuffle=shuffle, generator=generator)
-        return gradstats.GroupedLoader(batches)
-
-    loader, found = make(), []
-    while loader.epoch < 2:
-        for step in loader:
-            found += taken(step)
-            assert loader.samples == len(found)
-            loader.accumulation_steps = data.draw(st.integers(1, 5))
-            if data.draw(st.booleans()):
-                state, loader = loader.state_dict(), make()
-                loader.load_state_dict(state)
-                break
-    assert sorted(found) == sorted([*range(n)] * 2)
-    assert sorted(found[:n]) == list(range(n))
-
-
-def test_a_stateful_data_loader_is_resumed_within_an_epoch():
-    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
-
-    def make():
-        return gradstats.GroupedLoader(
-            stateful(numbers(30), batch_size=2, shuffle=True, num_workers=1), accumulation_steps=2
-        )
-
-    torch.manual_seed(0)
-    loader, found = make(), []
-    for number, step in enumerate(loader):
-        found += taken(step)
-        loader.accumulation_steps = 3
-        if number == 2:
-            state = loader.state_dict()
-            break
-    fresh = make()
-    fresh.load_state_dict(state)
-    assert fresh.accumulation_steps == 3
-    found += [i for step in fresh for i in taken(step)]
-    assert sorted(found) == list(range(30))
-
-
 # --- refused -------------------------------------------------------------------------------------
 
 
@@ -417,10 +294,3 @@ def test_state_of_another_dataset_is_refused():
         loader = gradstats.StepLoader(dataset, micro_batch_size=2, batch_size=4, **changes)
         with pytest.raises(gradstats.InvalidArgumentError, match="lost or repeated"):
             loader.load_state_dict(state)
-
-
-def test_what_a_grouped_loader_cannot_know():
-    with pytest.raises(gradstats.InvalidArgumentError, match="pass micro_batch_size="):
-        gradstats.GroupedLoader([torch.arange(3)])
-    with pytest.raises(gradstats.InvalidArgumentError, match="StatefulDataLoader"):
-        gradstats.GroupedLoader(DataLoader(numbers(4), batch_size=2)).state_dict()

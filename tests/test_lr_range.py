@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import random
-import sys
+from functools import partial
 
 import lr_workloads
 import numpy as np
 import pytest
 import torch
 
-from gradstats.cli import main
 from gradstats.errors import GradStatsError, InvalidArgumentError
 from gradstats.kept import kept
 from gradstats.workbench import saved
@@ -314,15 +313,8 @@ def test_an_optimizer_without_a_rate_is_refused() -> None:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gradstats", "lr-range", *args])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return run
+def run(command_line):
+    return partial(command_line, "lr-range")
 
 
 def test_the_command_writes_prints_and_draws(run, tmp_path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ import workloads
 from torch import nn
 
 import gradstats
-from gradstats.cli import main
 from gradstats.errors import GradStatsError, InvalidArgumentError, UnsupportedLayerError
 from gradstats.loggers import read_lines
 from gradstats.workbench import saved
@@ -222,15 +221,8 @@ def test_arguments(options, message):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["gradstats", "measure", *args])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return run
+def run(command_line):
+    return partial(command_line, "measure")
 
 
 def test_it_speaks_to_people_and_writes_its_files(run, tmp_path):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from models import loss
 from oracle import assert_matches, per_sample_gradients
+from token_oracle import IDS, Language, per_token_gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -255,16 +256,12 @@ def test_a_mask_of_another_size_or_another_block_is_refused() -> None:
 
 def test_padding_where_tokens_are_samples() -> None:
     """Padding at the end, masked in attention and in the loss, has no part in any gradient."""
-    from test_tokens import IDS, Language
-
     model = Language()
     lengths = torch.tensor([5, 2, 4])
     labels = torch.where(torch.arange(5) < lengths[:, None], IDS, -100)
 
     def run(m: nn.Module, ids: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(m(ids).flatten(0, 1), target.flatten())
-
-    from test_tokens import per_token_gradients
 
     every = per_token_gradients(model, IDS, lambda m, ids: run(m, ids, labels))
     inside = (labels != -100).flatten()

@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 
 import numpy as np
 import pytest
 import report_files as files
 
 from gradstats import recommend
-from gradstats.cli import main
 from gradstats.estimators import NoiseScale
 from gradstats.workbench import report
 from gradstats.workbench.report.drawing import draw
-from gradstats.workbench.report.figures import Axis, Figure, Line, Mark, Table
-from gradstats.workbench.report.thinning import envelope, kept_indices, smoothed, thinned
-from gradstats.workbench.report.ticks import linear_ticks, log_ticks, short
+from gradstats.workbench.report.figures import Figure, Table
 
 
 def made(*paths):
@@ -221,93 +217,6 @@ def test_remarks(tmp_path) -> None:
     assert "emb.weight (sparse gradients)" in uncovered.text
 
 
-# ---- drawing -----------------------------------------------------------------------------------
-
-
-def test_points_are_where_they_belong() -> None:
-    """A linear and a logarithmic axis, by hand: 4% of the range is left on each side."""
-    line = Line("a", np.array([0.0, 5.0, 10.0]), np.array([1.0, 10.0, 100.0]))
-    figure = Figure("t", "c", Axis("x"), Axis("y", log=True), [line], [Mark("y", 10.0, "ten")])
-    drawing = draw(figure)
-    left, right = 0.4 / 10.8 * 1000, 10.4 / 10.8 * 1000
-    (shape,) = drawing.shapes
-    numbers = [float(n) for n in re.findall(r"[\d.]+", shape.path)]
-    bottom, top = (1 - 0.08 / 2.16) * 1000, 0.08 / 2.16 * 1000
-    np.testing.assert_allclose(numbers, [left, bottom, 500, 500, right, top], atol=0.06)
-    assert drawing.marks == [(figure.marks[0], 50.0)]
-    assert [tick.text for tick in drawing.y_ticks] == ["1", "2", "5", "10", "20", "50", "100"] or (
-        [tick.text for tick in drawing.y_ticks] == ["1", "3", "10", "30", "100"]
-    )
-    assert "from 1 at 0 to 100 at 10" in drawing.alternative
-
-
-def test_a_limit_far_away_does_not_squeeze_the_picture() -> None:
-    line = Line("a", np.array([1.0, 2.0]), np.array([1.0, 2.0]))
-    far = [Mark("y", 9e9, "memory", stretch=False), Mark("y", 4.0, "budget")]
-    drawing = draw(Figure("t", "c", Axis("x"), Axis("y"), [line], far))
-    assert [at for _, at in drawing.marks] == [None, pytest.approx(100 * 0.04 / 1.08, abs=0.01)]
-
-
-def test_gaps_and_ends_of_bands() -> None:
-    x = np.arange(5.0)
-    y = np.array([1.0, 2.0, np.nan, 2.0, 3.0])
-    band = np.array([np.inf, 4.0, 4.0, np.inf, np.inf])
-    drawing = draw(Figure("t", "c", Axis("x"), Axis("y"), [Line("a", x, y, y - 1, band)]))
-    area, line = drawing.shapes
-    assert line.path.count("M") == 2
-    assert "nan" not in area.path + line.path
-    assert "inf" not in area.path + line.path
-    data = json.dumps(drawing.data, allow_nan=False)
-    assert "null" in data
-
-
-@pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize(
-    "values", [[3.0], [1e-12, 1e12], [5.0, 5.0], [0.0, 7.0], [-2.0, 2.0], [2e7, 2.1e7]]
-)
-def test_any_range_can_be_drawn(values, log) -> None:
-    line = Line("a", np.array(values), np.array(values))
-    drawing = draw(Figure("t", "c", Axis("x", log), Axis("y", log), [line]))
-    for ticks in (drawing.x_ticks, drawing.y_ticks):
-        assert 2 <= len(ticks) <= 7
-        assert all(0 <= tick.at <= 100 for tick in ticks)
-        assert len({tick.text for tick in ticks}) == len(ticks)
-
-
-def test_ticks_are_round() -> None:
-    assert linear_ticks(0, 38_400, 6) == [0, 10_000, 20_000, 30_000]
-    assert linear_ticks(0.29, 2.31, 6) == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    assert log_ticks(8, 900, 6) == [10, 30, 100, 300] or log_ticks(8, 900, 6) == [
-        10,
-        20,
-        50,
-        100,
-        200,
-        500,
-    ]
-    assert [short(v) for v in (0.05, 250, 2000, 20_000, 1.5e6, 3e-5, 0)] == [
-        *("0.05", "250", "2,000", "20k", "1.5M", "3e-5", "0"),
-    ]
-
-
-def test_thinning_keeps_the_ends_and_the_extremes() -> None:
-    kept = kept_indices(100_000, 300)
-    assert (kept[0], kept[-1], len(kept)) == (0, 99_999, 300)
-    y = np.zeros(100_000)
-    y[61_803] = 7.0
-    _, low, high = envelope(np.arange(100_000.0), y)
-    assert (low.min(), high.max(), len(high)) == (0, 7, 300)
-    assert thinned({"a": list(range(100)), "b": 1}, 10)[1] == 90
-
-
-def test_smoothing_is_a_mean_over_neighbours() -> None:
-    y = np.array([4.0, np.nan, 1.0, 5.0, 9.0])
-    np.testing.assert_allclose(smoothed(y, 1), [4.0, np.nan, 3.0, 5.0, 7.0])
-    np.testing.assert_allclose(smoothed(y, 0), y)
-    line = np.linspace(3, 1, 50)
-    np.testing.assert_allclose(smoothed(line, 4)[4:-4], line[4:-4])  # it does not lag
-
-
 # ---- the page ----------------------------------------------------------------------------------
 
 
@@ -360,91 +269,3 @@ def test_long_logs_make_small_pages(tmp_path) -> None:
     kept = json.loads(text)
     assert (kept[0]["step"], kept[-1]["step"]) == (1, 100_000)
     assert len(kept) == 100_000 - found.data[0].left_out
-
-
-# ---- the command -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["gradstats", "report", *map(str, args)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return run
-
-
-def test_command(run, tmp_path) -> None:
-    path, out = files.log(tmp_path / "run.jsonl"), tmp_path / "new" / "report.html"
-    code, said, err = run(path, "--out", out, "--title", "My run")
-    assert (code, err) == (0, "")
-    assert "Change the batch size from 32" in said
-    assert f"Written: {out}" in said
-    assert "<title>gradstats report: My run</title>" in out.read_text()
-    code, said, err = run(path, "--out", out, "--json")
-    found = json.loads(said)
-    assert (code, err) == (0, "")
-    assert found["verdict"]["level"] == "good"
-    assert found["bytes"] == out.stat().st_size
-    assert found["sections"][0]["figures"][0] == "Noise scale over training"
-
-
-def test_command_with_bad_input(run, tmp_path, monkeypatch) -> None:
-    path = files.log(tmp_path / "run.jsonl")
-    before = path.read_text()
-    half = files.result(tmp_path, "sweep")
-    half.write_text(half.read_text()[:400])
-    out = tmp_path / "r.html"
-    for args, message in (
-        ((path, half, "--out", out), "sweep.json is not JSON from line"),
-        ((tmp_path / "absent.jsonl", "--out", out), "absent.jsonl cannot be read (No such file"),
-        ((path, "--out", path), "is one of the files that are read"),
-        ((path, "--out", tmp_path), "cannot be written (it is a folder)"),
-        ((path, "--out", path / "x.html"), "cannot be written (no file can be made in"),
-        ((path, "--out", "."), "it is a folder"),
-    ):
-        code, said, err = run(*args)
-        assert (code, said, err.count("\n")) == (2, "", 1), err
-        assert message in err
-    assert path.read_text() == before
-    assert not out.exists()
-    out.write_text("before")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    code, _, err = run(path, "--out", out)
-    assert (code, out.read_text()) == (2, "before")
-    assert "cannot be written (No space left on device)" in err
-    assert {p.name for p in tmp_path.iterdir()} == {"run.jsonl", "sweep.json", "r.html"}
-
-
-def test_command_interrupted(run, tmp_path, monkeypatch) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    path, out = files.log(tmp_path / "run.jsonl"), tmp_path / "r.html"
-    monkeypatch.setattr("os.fsync", interrupted)
-    code, _, err = run(path, "--out", out)
-    assert (code, err) == (130, "interrupted\n")
-    assert [p.name for p in tmp_path.iterdir()] == ["run.jsonl"]
-
-
-def test_command_says_how_far_it_is_with_much_to_read(run, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("gradstats.commands.report.LARGE", 1e3)
-    path, out = files.log(tmp_path / "run.jsonl"), tmp_path / "r.html"
-    code, said, err = run(path, "--out", out, "--json")
-    assert code == 0
-    assert err == f"report: 0%, reading {path}\n"
-    assert json.loads(said)["out"] == str(out)
-
-
-def test_command_without_jinja2(run, tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    code, _, err = run(files.log(tmp_path / "run.jsonl"), "--out", tmp_path / "r.html")
-    assert code == 1
-    assert "run `pip install 'gradstats[report]'`" in err

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
-from models import PROBLEMS, loss
+from layers import Checkpointed
+from models import loss
 from oracle import assert_matches, per_sample_gradients, relative
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import gradstats
-from gradstats.fallback import FallbackWarning
 
 
 @pytest.fixture
@@ -27,24 +25,6 @@ def model() -> nn.Module:
 def batch() -> torch.Tensor:
     torch.manual_seed(1)
     return torch.randn(6, 6)
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.first, self.inner = (
-            nn.Linear(6, 6),
-            nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)),
-        )
-        self.head, self.reentrant = nn.Linear(6, 3), reentrant
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.first(x))
-        if x.requires_grad and x.dtype == torch.float32:
-            x = checkpoint(self.inner, x, use_reentrant=self.reentrant)
-        else:
-            x = self.inner(x)
-        return self.head(torch.tanh(x))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -97,41 +77,6 @@ def test_noise_scale_does_not_depend_on_the_loss_scale(model, batch) -> None:
             found.append(float(monitor.step().noise_scale))
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert found[2] == pytest.approx(found[0], rel=1e-4)
-
-
-def test_bf16_autocast(model, batch) -> None:
-    true = per_sample_gradients(model, loss, batch)
-    monitor = gradstats.attach(model, moments=True)
-    plain = copy.deepcopy(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, expected = model(batch), plain(batch)
-    assert out.dtype == expected.dtype
-    torch.testing.assert_close(out, expected, rtol=0, atol=0)
-    out.float().square().sum(1).mean().backward()
-    stats = monitor.step()
-    assert stats.coverage.fraction == 1
-    assert all(layer.per_sample_sq_norm.dtype == torch.float32 for layer in stats.layers.values())
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = plain(batch)
-    expected.float().square().sum(1).mean().backward()
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=2e-2, atol=1e-3)
-    assert len(true) == len(stats.layers)
-
-
-def test_bfloat16_model_against_its_own_backward() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 48), nn.LayerNorm(48), nn.Linear(48, 8)).bfloat16()
-    batch = torch.randn(5, 9, 32).bfloat16()
-    single = []
-    for i in range(5):  # the same bfloat16 forward and backward, statistics from float64 products
-        model.zero_grad()
-        model(batch[i : i + 1]).float().square().sum().backward()
-        single.append(sum(p.grad.double().square().sum() for p in model.parameters()))
-    monitor = gradstats.attach(model, loss_reduction="sum")
-    model.zero_grad()
-    model(batch).float().square().sum().backward()
-    assert relative(monitor.step().per_sample_sq_norm, torch.stack(single)) < 1e-2
 
 
 def test_two_live_forwards_backward_of_the_first(model, batch) -> None:
@@ -241,32 +186,6 @@ def test_a_layer_that_mixes_samples_is_reported(batch) -> None:
     assert 0 < monitor.noise_scale().coverage < 1
 
 
-def test_the_fallback_announces_itself_once_and_works_in_chunks(batch) -> None:
-    model = PROBLEMS["one_plus"].make()
-    data = PROBLEMS["one_plus"].data(6)
-    true = per_sample_gradients(model, loss, data)
-    monitor = gradstats.attach(model, moments=True, fallback_bytes=300)
-    with pytest.warns(FallbackWarning, match=r"weight: no rule covers its use in add"):
-        loss(model, data).backward()
-    assert_matches(monitor.step(), true, 1e-5)
-    model.zero_grad()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loss(model, data).backward()
-    assert_matches(monitor.step(), true, 1e-5)
-
-
-def test_compiled_use_without_a_rule_is_reported() -> None:
-    torch._dynamo.reset()
-    problem = PROBLEMS["one_plus"]
-    model, data = problem.make(), problem.data(4)
-    monitor = gradstats.attach(model)
-    loss(torch.compile(model, backend="aot_eager", fullgraph=True), data).backward()
-    stats = monitor.step()
-    assert list(stats.coverage.missing) == ["weight"]
-    assert "does not run in a compiled forward" in stats.coverage.missing["weight"]
-
-
 def test_dropout_draws_the_same_numbers(batch) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3))
     torch.manual_seed(3)
@@ -274,28 +193,6 @@ def test_dropout_draws_the_same_numbers(batch) -> None:
     gradstats.attach(model)
     torch.manual_seed(3)
     torch.testing.assert_close(model(batch), expected, rtol=0, atol=0)
-
-
-def test_dropout_before_a_fallback_is_drawn_once(batch) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.drop = nn.Linear(6, 6), nn.Dropout(0.5)
-            self.inner = PROBLEMS["one_plus"].make()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner(self.drop(self.a(x)))
-
-    model = Model()
-    torch.manual_seed(3)
-    expected = [model(batch), model(batch)]
-    monitor = gradstats.attach(model)
-    torch.manual_seed(3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for e in expected:
-            torch.testing.assert_close(model(batch), e, rtol=1e-6, atol=1e-6)
-    monitor.detach()
 
 
 def test_freezing_and_thawing_between_steps(model, batch) -> None:

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from gradstats.cli import main
 from gradstats.workbench import saved
 
 QUICK = ["--looks", "4", "--precision", "0.5", "--threads", "1"]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):  # type: ignore[no-untyped-def]
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gradstats", "sweep", *args, *QUICK])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return run
+def run(command_line):  # type: ignore[no-untyped-def]
+    return lambda *args: command_line("sweep", *args, *QUICK)
 
 
 def test_what_it_says_and_writes(run, tmp_path) -> None:

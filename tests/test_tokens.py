@@ -7,125 +7,19 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import ClassToken, CopiedPositions, Custom, LaidOutPositions, Positions, Recurrent, Tied
+from layers import ClassToken, CopiedPositions, Custom, LaidOutPositions, Positions, Recurrent, Tied
 from oracle import assert_matches
+from token_oracle import IDS, ROWS, Block, Language, per_token_gradients, token_loss
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
 import gradstats
-
-
-class Block(nn.Module):
-    """Causal attention with projections of its own, an MLP, two kinds of normalisation."""
-
-    def __init__(self, width: int = 6) -> None:
-        super().__init__()
-        self.first, self.second = nn.LayerNorm(width), nn.RMSNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(width, 8), nn.GELU(), nn.Linear(8, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.first(x)).chunk(3, -1)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True))
-        return x + self.mlp(self.second(x))
-
-
-class Language(nn.Module):
-    def __init__(self, flatten: str = "no", recompute: bool = False) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(13, 6), nn.Embedding(9, 6)
-        self.block, self.head = Block(), nn.Linear(6, 13)
-        self.scale = nn.Parameter(torch.rand(6))
-        self.flatten, self.recompute = flatten, recompute
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
-        x = checkpoint(self.block, x, use_reentrant=False) if self.recompute else self.block(x)
-        if self.flatten == "positions first":
-            x = x.transpose(0, 1)
-        if self.flatten != "no":
-            x = x.flatten(0, 1)
-        x = self.head(x * self.scale)
-        if self.flatten == "positions first":
-            return x.view(*ids.t().shape, -1).transpose(0, 1)
-        return x.view(*ids.shape, -1)
-
-
-def _loss(model: nn.Module, batch: Tensor) -> Tensor:
-    """A mean over tokens that treats no two entries alike."""
-    out = model(batch)
-    weights = torch.linspace(0.5, 1.5, out[0].numel(), dtype=out.dtype).view(out[0].shape)
-    return ((out - 0.3) * weights).square().sum(-1).mean()
-
-
-class _OneRow(TorchFunctionMode):
-    """Parameters count where they meet the row of one position only; elsewhere they are constants."""
-
-    def __init__(self, keep: Tensor, params: list[Tensor]) -> None:
-        super().__init__()
-        self.keep, self.known = keep, list(params)
-
-    def _own(self, value: object) -> bool:
-        return any(value is p for p in self.known)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:
-            with self:
-                return _attention(*args, **kwargs)
-        out = func(*args, **kwargs)
-        if not any(self._own(a) for a in (*args, *kwargs.values())) or not isinstance(out, Tensor):
-            return out
-        if out.shape[:2] != self.keep.shape:
-            self.known.append(out)  # a view of a parameter, or rows looked up for every sequence
-            return out
-        args = [a.detach() if self._own(a) else a for a in args]
-        kwargs = {k: v.detach() if self._own(v) else v for k, v in kwargs.items()}
-        keep = self.keep.view(*self.keep.shape, *(1,) * (out.dim() - 2))
-        return torch.where(keep, out, func(*args, **kwargs))
-
-
-def _attention(query, key, value, width, heads, w_in, b_in, *rest, **options):  # type: ignore[no-untyped-def]
-    """Self-attention of (T, B, E), from its definition."""
-    assert query is key is value
-    w_out, b_out = rest[4], rest[5]
-    x = query.transpose(0, 1)
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2)
-               for t in F.linear(x, w_in, b_in).chunk(3, -1))  # fmt: skip
-    shares = torch.softmax(q @ k.transpose(-1, -2) / (width // heads) ** 0.5, -1)
-    return F.linear((shares @ v).transpose(1, 2).flatten(2), w_out, b_out).transpose(0, 1), None
-
-
-def per_token_gradients(model: nn.Module, batch: Tensor, run=_loss) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
-    """(B·T, *shape) of each parameter, in units where their mean is the gradient; float64."""
-    model = copy.deepcopy(model).double()
-    model.recompute = False  # what a checkpoint recomputes runs outside of the mode
-    wide = batch.double() if batch.is_floating_point() else batch
-    found: dict[str, list[Tensor]] = {}
-    count = batch.shape[0] * batch.shape[1]
-    for i in range(count):
-        keep = torch.zeros(count, dtype=torch.bool)
-        keep[i] = True
-        model.zero_grad()
-        with _OneRow(keep.view(batch.shape[:2]), list(model.parameters())):
-            run(model, wide).backward()
-        for name, p in model.named_parameters():
-            grad = torch.zeros_like(p) if p.grad is None else p.grad.clone()
-            found.setdefault(name, []).append(count * grad)
-    return {name: torch.stack(grads) for name, grads in found.items()}
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-IDS = torch.randint(0, 13, (3, 5), generator=torch.Generator().manual_seed(1))
-ROWS = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(2))
 
 
 class Masking(nn.Module):
@@ -185,7 +79,7 @@ def test_every_position_is_a_sample(name: str) -> None:
     monitor = gradstats.attach(model, sample="token", moments=True)
     for _ in range(2):
         model.zero_grad()
-        _loss(model, batch).backward()
+        token_loss(model, batch).backward()
         stats = monitor.step()
         assert_matches(stats, true, 1e-5)
         assert set(stats.grad_var) == set(true)
@@ -201,14 +95,14 @@ def test_a_tied_head_has_its_cross_term(compiled: bool) -> None:
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     for _ in range(2):
         model.zero_grad()
-        _loss(run, IDS).backward()
+        token_loss(run, IDS).backward()
         assert_matches(monitor.step(), true, 1e-5)
 
 
 def test_a_tied_head_with_moments_is_not_covered() -> None:
     model = Tied()
     monitor = gradstats.attach(model, sample="token", moments=True)
-    _loss(model, IDS).backward()
+    token_loss(model, IDS).backward()
     missing = monitor.step().coverage.missing
     assert list(missing) == ["tokens.weight"]
     assert "used more than once" in missing["tokens.weight"]
@@ -222,7 +116,7 @@ def test_flattened_rows_stay_with_their_position(flatten: str) -> None:
     monitor = gradstats.attach(flat, sample="token", moments=True)
     for _ in range(2):
         flat.zero_grad()
-        _loss(flat, IDS).backward()
+        token_loss(flat, IDS).backward()
         assert_matches(monitor.step(), true, 1e-5)
 
 
@@ -236,7 +130,7 @@ def test_compiled(name: str) -> None:
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
     for _ in range(2):
         model.zero_grad()
-        _loss(run, batch).backward()
+        token_loss(run, batch).backward()
         assert_matches(monitor.step(), true, 1e-5)
 
 
@@ -245,7 +139,7 @@ def test_the_self_check_passes() -> None:
     with gradstats.attach(model, sample="token", self_check=1) as monitor:
         for _ in range(6):
             model.zero_grad()
-            _loss(model, IDS).backward()
+            token_loss(model, IDS).backward()
             assert monitor.step().coverage.fraction == 1
 
 
@@ -254,7 +148,7 @@ def test_uneven_micro_batches_of_tokens() -> None:
     true = per_token_gradients(model, IDS)
     monitor = gradstats.attach(model, sample="token", moments=True)
     for part in IDS.split([2, 1]):
-        (_loss(model, part) * len(part) / len(IDS)).backward()
+        (token_loss(model, part) * len(part) / len(IDS)).backward()
     assert_matches(monitor.step(), true, 1e-5)
 
 
@@ -300,7 +194,7 @@ def test_random_language_models(sizes: tuple[int, ...], way: str, seed: int) -> 
     ids[0] = 0  # a sample unlike the others, which shows where its rows are
     true = per_token_gradients(plain, ids)
     with gradstats.attach(model, sample="token", moments=True) as monitor:
-        _loss(model, ids).backward()
+        token_loss(model, ids).backward()
         assert_matches(monitor.step(), true, 1e-9)
 
 
@@ -356,7 +250,7 @@ def test_what_mixes_positions_is_not_covered(inner, missing: list[str], why: str
 def test_a_class_token_makes_other_positions() -> None:
     model = nn.Sequential(nn.Linear(6, 6), ClassToken())
     monitor = gradstats.attach(model, sample="token")
-    _loss(model, ROWS).backward()
+    token_loss(model, ROWS).backward()
     missing = monitor.step().coverage.missing
     assert set(missing) == {"1.token", "1.last", "1.head.weight", "1.head.bias"}
     assert "(3, 8, 6), not a row for each of the 5 positions of 3 seq" in missing["1.head.weight"]
@@ -384,7 +278,7 @@ def test_as_many_features_as_positions(sequences: int) -> None:
     monitor = gradstats.attach(model, sample="token", moments=True)
     for _ in range(2):
         model.zero_grad()
-        _loss(model, batch).backward()
+        token_loss(model, batch).backward()
         assert_matches(monitor.step(), true, 1e-5)
 
 
@@ -453,7 +347,7 @@ def test_the_noise_scale_counts_in_tokens() -> None:
     monitor = gradstats.attach(model, sample="token")
     for _ in range(3):
         model.zero_grad()
-        _loss(model, IDS).backward()
+        token_loss(model, IDS).backward()
         monitor.step()
     assert monitor.noise_scale().num_samples == 3 * IDS.numel()
     assert monitor.recommend().present_batch_size == IDS.numel()

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from integration_tools import CLIP, one_thread, require_same, rows_of  # noqa: F401
+from integration_tools import CLIP, require_same, rows_of
 from torch import nn
 
 import gradstats

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 
 import pytest
 
-from gradstats.cli import main
 from gradstats.errors import GradStatsError
 from gradstats.workbench import saved
 from gradstats.workbench.vram.process import Told, Trial, try_sizes
@@ -16,15 +16,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are thos
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gradstats", "vram", *args])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return run
+def run(command_line):
+    return partial(command_line, "vram")
 
 
 def test_what_is_recommended_runs_again_under_the_limit(run, tmp_path) -> None:
@@ -80,11 +73,8 @@ def test_what_cannot_be_used_is_told_in_one_line(run, args, code, words) -> None
     assert words in lines[0]
 
 
-def test_the_formula_alone(run, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["gradstats", "vram", "--formula", "24GB,4GB,0.2GB"])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert not exit_.value.code
-    assert capsys.readouterr().out == "(24GB − 4GB)/0.2GB = 100 samples, of which 64\n"
+def test_the_formula_alone(run) -> None:
+    said = "(24GB − 4GB)/0.2GB = 100 samples, of which 64\n"
+    assert run("--formula", "24GB,4GB,0.2GB") == (0, said, "")
     _, said, _ = run("--formula", "12,3,0.5", "--multiple-of", "8", "--json")
     assert json.loads(said)["chosen"] == 16

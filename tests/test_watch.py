@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
+from functools import partial
 
 import pytest
 
-from gradstats.cli import main
 from gradstats.commands import watch as command
 from gradstats.errors import InvalidArgumentError
 from gradstats.workbench.watch import Band, Follower, Line, chart, state_of
@@ -187,16 +186,9 @@ def test_bands_are_held_until_the_next_point():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["gradstats", "watch", *map(str, args)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
+def run(command_line, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    return run
+    return partial(command_line, "watch")
 
 
 def test_one_view(run, tmp_path):

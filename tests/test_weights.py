@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Positions
+from layers import Positions
 from oracle import assert_matches
 from torch import Tensor, nn
 

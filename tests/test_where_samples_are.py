@@ -9,7 +9,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Positions, loss
+from layers import Positions
+from models import loss
 from oracle import assert_matches, per_sample_gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
