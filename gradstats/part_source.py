@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from gradstats.estimators import NoiseScale
 from gradstats.options import Options
 from gradstats.parts import Call, Forwards
 from gradstats.record import indices_on
+from gradstats.source import Source
 from gradstats.stats import Coverage, GradStats
 
 
@@ -23,7 +25,7 @@ class UnequalPartsWarning(UserWarning):
     """Parts of a batch were of unequal size, and what weight each has was not said."""
 
 
-class PartSource:
+class PartSource(Source):
     """A source that has no per-sample gradient: hooks on the model as a whole and on parameters."""
 
     method: str
@@ -45,14 +47,9 @@ class PartSource:
         self._loss_scale = options.loss_scale()
         self._warned = False
 
+    @abstractmethod
     def reached(self, call: Call, task: int, again: bool) -> None:
         """A backward, `task`, begins to propagate through `call`; not for the first time if `again`."""
-        raise NotImplementedError
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Those that are measured."""
-        return self.names
 
     @property
     def enabled(self) -> bool:
@@ -97,11 +94,6 @@ class PartSource:
         per_layer = options.per_layer
         return parts.build(self.method, names, sizes, *squares, by_samples, coverage, per_layer)
 
-    @property
-    def size(self) -> int:
-        """Processes that train together."""
-        return 1
-
     def _warn_if_unequal(self, sizes: Tensor, alike: Tensor) -> None:
         if self._warned or sizes.device.type != "cpu" or bool(alike):
             return
@@ -131,17 +123,6 @@ class PartSource:
     def adjust(self, noise: NoiseScale) -> NoiseScale:
         """The noise scale, with the method's name on it."""
         return replace(noise, method=self.method)
-
-    def fallbacks(self) -> dict[str, tuple[int, str]]:
-        """None: no module is run sample by sample."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to go on from."""
 
     def close(self) -> None:
         """Leave the model as it was."""

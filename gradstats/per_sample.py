@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import AbstractContextManager
-from typing import Any
 
 from torch import Tensor, nn
 
 from gradstats import distributed, record, told
 from gradstats.comm_hooks import require_means
 from gradstats.errors import GradStatsError
-from gradstats.estimators import NoiseScale
 from gradstats.install import install, uninstall
 from gradstats.moments import SecondMoments
 from gradstats.options import Options
 from gradstats.order import Order
 from gradstats.self_check import SelfCheck
+from gradstats.source import Source
 from gradstats.stats import GradStats
 
 
-class PerSample:
+class PerSample(Source):
     """Measures `model`, or the parameters `only`. Arguments as of `attach`."""
 
     def __init__(
@@ -57,11 +56,6 @@ class PerSample:
     def size(self) -> int:
         """Processes that train together."""
         return 1 if self.ranks is None else self.ranks.size
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Those that are measured."""
-        return self.names
 
     @property
     def enabled(self) -> bool:
@@ -129,10 +123,6 @@ class PerSample:
         moments = self._moments is not None
         return told.samples(self.interposer, ids, num_samples, cu_seqlens, mask, moments)
 
-    def adjust(self, noise: NoiseScale) -> NoiseScale:
-        """Nothing to say: it is exact."""
-        return noise
-
     def fallbacks(self) -> dict[str, tuple[int, str]]:
         """See `Monitor.fallbacks`."""
         it = self.interposer
@@ -142,13 +132,6 @@ class PerSample:
             if path in it.fallbacks
             for name in plan.names()
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the method itself remembers."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
 
     def close(self) -> None:
         """Leave the model as it was."""

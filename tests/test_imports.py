@@ -98,14 +98,16 @@ EDGES = {
     "source": {"estimators", "stats"},
     "per_sample": {
         "comm_hooks", "distributed", "errors", "estimators", "install", "moments", "options",
-        "order", "record", "self_check", "stats", "told",
+        "order", "record", "self_check", "source", "stats", "told",
     },
     "norm_layers": {
         "calibration", "distributed", "errors", "estimators", "options", "per_sample", "record",
         "stats",
     },
     "parts": {"calls", "errors", "ops", "record", "stats"},
-    "part_source": {"distributed", "errors", "estimators", "options", "parts", "record", "stats"},
+    "part_source": {
+        "distributed", "errors", "estimators", "options", "parts", "record", "source", "stats",
+    },
     "micro_batch": {
         "distributed", "errors", "options", "order", "part_source", "parts", "probes", "record",
         "stats",
