@@ -79,7 +79,7 @@ def recommend(
             seconds per optimizer step by global batch size, at least two sizes.
             With it the advice takes the least time to a target, within 5% the fewest samples, and
             no size (of micro-batches, or batches) outside the timed ones. Without it the advice is the
-            noise scale itself.
+            noise scale itself, brought to a power of two or, from 24 on, 1.5 times one.
         max_micro_batch_size: most samples that fit one rank's memory at once.
         max_batch_size: largest global batch size allowed.
         world_size: data-parallel ranks at present; a batch size is a multiple of its ranks.

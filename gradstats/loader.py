@@ -103,10 +103,12 @@ class StepLoader:
         require(not taken, "options", taken, "StepLoader sets these itself")
         in_order = options.get("in_order", True)
         require(in_order, "in_order", in_order, "samples are counted by their order")
-        if isinstance(dataset, IterableDataset):
+        indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        if isinstance(dataset, IterableDataset) or not indexed:
             raise InvalidArgumentError(
-                "StepLoader needs a dataset with indices and a length, not an IterableDataset; group the "
-                "batches of its own loader by gradstats.GroupedLoader"
+                "StepLoader needs a dataset with indices and a length, not an IterableDataset or the "
+                f"like ({type(dataset).__name__}); group the batches of its own loader by "
+                "gradstats.GroupedLoader"
             )
         self.dataset_size = len(cast(Sized, dataset))
         unit = _whole("micro_batch_size", micro_batch_size) * world_size

@@ -110,6 +110,11 @@ def _join(
             f"every gradient is zero on the first {count} samples, so there is nothing to compare. "
             "Check with a batch on which the model learns."
         )
+    if not (math.isfinite(size) and gram.isfinite().all()):
+        raise InvalidArgumentError(
+            f"gradients are not finite on the first {count} samples, so there is nothing to compare. "
+            "Check with a batch whose loss is a number."
+        )
 
     def gap(weights: Tensor) -> float:  # ‖whole − Σ wᵢ·singleᵢ‖, relative to the largest of them
         rest = size - 2 * weights @ right + weights @ gram @ weights

@@ -314,6 +314,7 @@ def test_json_holds_everything() -> None:
         (nn.Linear(6, 2).requires_grad_(False), squares, torch.randn(3, 6), "no trainable"),
         (nn.Linear(6, 2), 3, torch.randn(3, 6), "is a int, which cannot be called"),
         (nn.Linear(6, 2), lambda m, b: m(b).sum() * 0, torch.randn(3, 6), "every gradient is zero"),
+        (nn.Linear(6, 2), squares, torch.full((3, 6), torch.nan), "not finite on the first 3 samples"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_checked_is_said(model, loss_fn, batch, message: str) -> None:

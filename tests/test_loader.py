@@ -265,6 +265,7 @@ class Stream(torch.utils.data.IterableDataset):
         ({"in_order": False}, "in_order=False"),
         ({"seed": -1}, "seed=-1"),
         ({"dataset": Stream()}, "gradstats.GroupedLoader"),
+        ({"dataset": iter([1, 2])}, r"the like \(list_iterator\).*gradstats.GroupedLoader"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, words):

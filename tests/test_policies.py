@@ -88,6 +88,7 @@ def test_batch_for_momentum():
     ("call", "words"),
     [
         (lambda: noise_scale(seen(measured(9)), factor=0), "factor=0"),
+        (lambda: batch_for_momentum(0, 0.9, 0.95), "batch_size=0"),
         (lambda: noise_scale(seen(measured(9)), hysteresis=0.5), "hysteresis=0.5"),
         (lambda: noise_scale(seen()), "noise_scale decides by the measured noise scale"),
         (lambda: norm_test(seen(measured(9)), theta=0), "theta=0"),

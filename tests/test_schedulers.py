@@ -244,11 +244,15 @@ def test_a_policy_without_an_upper_end_stays_where_there_is_no_bound():
         ({"max_batch_size": 3}, "must lie between"),
         ({"max_batch_size": 32}, "64 is outside"),
         ({"max_batch_size": 10_000}, "the dataset has 4096"),
+        ({"min_batch_size": -1}, "min_batch_size=-1"),
+        ({"max_batch_size": 512.5}, "max_batch_size=512.5 cannot be used; pass a whole number"),
         ({"every": 0}, "every=0"),
+        ({"every": 1.5}, "every=1.5"),
         ({"cooldown": -1}, "cooldown=-1"),
         ({"monitor": None}, "pass monitor=gradstats.attach"),
         ({"policy": instead_of_decay}, "pass scaling=BatchScaling"),
         ({"policy": lambda s: -1}, "it must return a batch size above 0"),
+        ({"policy": lambda s: None}, "policy=None cannot be used; it must return a batch size"),
     ],
 )
 def test_what_contradicts_itself_is_refused_at_once(change, words):

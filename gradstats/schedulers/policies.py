@@ -130,6 +130,7 @@ def batch_for_momentum(batch_size: float, momentum: float, new_momentum: float) 
     Smith et al., arXiv:1711.00489, section 4: the noise is ∝ ε/(B(1 − m)). A run with more momentum
     starts at this size, and its schedule then suits it.
     """
+    require(0 < batch_size < math.inf, "batch_size", batch_size, "pass a number of samples above 0")
     require(0 <= momentum < 1, "momentum", momentum, "pass a number from 0 to below 1")
     require(0 <= new_momentum < 1, "new_momentum", new_momentum, "pass a number from 0 to below 1")
     return batch_size * (1 - momentum) / (1 - new_momentum)

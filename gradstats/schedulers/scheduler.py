@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from gradstats.errors import InvalidArgumentError
-from gradstats.estimators import NoiseScale, require
+from gradstats.estimators import NoiseScale, require, whole
 from gradstats.scaling import BatchScaling
 from gradstats.schedulers.agreement import decide_on_first_rank
 from gradstats.schedulers.policies import Policy, Seen
@@ -91,7 +92,9 @@ class BatchSizeScheduler:
     ) -> None:
         if every is None:
             every = 1 if monitor is None else READ_EVERY
-        require(every >= 1, "every", every, "pass a number of steps of at least 1")
+        every = whole("every", every)
+        for name, bound in (("min_batch_size", min_batch_size), ("max_batch_size", max_batch_size)):
+            whole(name, bound, default=1)
         require(cooldown >= 0, "cooldown", cooldown, "pass a number of steps of at least 0")
         in_tokens = getattr(monitor, "sample", "example") == "token"
         if in_tokens != (tokens_per_sample is not None):
@@ -237,7 +240,9 @@ class BatchSizeScheduler:
         return self._monitor.noise_scale().per(self._tokens)
 
     def _wanted(self, seen: Seen) -> float:
-        wanted = float(self._policy(seen))
+        found = self._policy(seen)
+        require(isinstance(found, numbers.Real), "policy", found, "it must return a batch size")
+        wanted = float(found)
         require(
             not wanted <= 0, "policy", wanted, "it must return a batch size above 0, or NaN to stay"
         )
