@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from functools import partial
 
 import pytest
@@ -367,6 +368,13 @@ def test_arguments_that_cannot_be_used(run, args, message) -> None:
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_picture_without_matplotlib_is_refused_at_once(run, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    code, out, err = run("workloads:whole", "--picture", "x.png")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "run `pip install 'gradstats[demo]'`" in err
 
 
 def test_interrupted(run, tmp_path, monkeypatch) -> None:

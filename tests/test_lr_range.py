@@ -349,6 +349,7 @@ def test_the_command_writes_prints_and_draws(run, tmp_path) -> None:
         (["lr_workloads:upwards", "--batch-sizes", "8;9"], 2, "whole numbers with commas"),
         (["lr_workloads:upwards", "--lowest", "1"], 2, "--lowest and --highest go together"),
         (["lr_workloads:upwards", "--out", "/dev/null/x"], 2, "cannot be written"),
+        (["lr_workloads:upwards", "--picture", "x.doc"], 2, "must end in .png, .svg or .pdf"),
     ],
 )
 def test_what_cannot_be_had_is_told(run, args, code, words) -> None:

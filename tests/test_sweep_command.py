@@ -68,6 +68,10 @@ def test_trials_that_diverge_exit_with_one(run, tmp_path) -> None:
         (["workloads:dropout", "--plans", "16"], "'16' is no plan"),
         (["workloads:dropout", "--plans", "16x8", "--jobs", "0"], "jobs=0 must be at least 1"),
         (["workloads:dropout", "--plans", "16x8", "--subspace", "3"], "belongs to --sharpness"),
+        (
+            ["workloads:dropout", "--plans", "16x8", "--picture", "x.doc"],
+            "no picture can be written as",
+        ),
     ],
 )
 def test_what_cannot_be_used_exits_with_two(run, tmp_path, args, message) -> None:

@@ -74,7 +74,8 @@ def register(application: Any) -> None:
         with one_line():
             from gradstats.commands.progress import Progress
             from gradstats.workbench.critical import Settings, Tolerance, measure_critical
-            from gradstats.workbench.critical.picture import draw, drawable
+            from gradstats.workbench.critical.picture import draw
+            from gradstats.workbench.pictures import require_drawable
             from gradstats.workbench.workload import load
 
             settings = Settings(
@@ -83,7 +84,7 @@ def register(application: Any) -> None:
             )  # fmt: skip
             limit = Tolerance.parse(tolerance)
             if picture is not None:
-                drawable(picture)
+                require_drawable(picture)
             workload = load(target, seed=seed)
             try:
                 with Progress("critical") as progress:

@@ -86,13 +86,14 @@ def _run(
     from gradstats.commands.progress import Progress
     from gradstats.workbench import saved
     from gradstats.workbench.lr_range import lr_range
-    from gradstats.workbench.lr_range.chart import draw, require_matplotlib
+    from gradstats.workbench.lr_range.chart import draw
+    from gradstats.workbench.pictures import require_drawable
     from gradstats.workbench.workload import load
 
     if out is not None:
         saved.require_writable(out)
     if picture is not None:
-        require_matplotlib()
+        require_drawable(picture)
         saved.require_writable(picture)
     workload = load(target, seed=seed)
     with Progress("lr-range") as progress:

@@ -83,6 +83,7 @@ def register(application: Any) -> None:
             from gradstats.errors import InvalidArgumentError
             from gradstats.workbench import saved
             from gradstats.workbench import sweep as sweeps
+            from gradstats.workbench.pictures import require_drawable
 
             if not out.name or out.is_dir():
                 raise InvalidArgumentError(f"--out {out} is a folder; name a file")
@@ -108,7 +109,7 @@ def register(application: Any) -> None:
                 threads,
             )
             if picture is not None:
-                screen.require_matplotlib()
+                require_drawable(picture)
             with screen.Screen(settings) as report:
                 found = sweeps.sweep(
                     settings,

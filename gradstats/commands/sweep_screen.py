@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from gradstats.commands.progress import Progress
-from gradstats.errors import GradStatsError
 from gradstats.estimators import readable
 from gradstats.terminal import console_and_table
 from gradstats.workbench.sweep.run import Sweep
 from gradstats.workbench.sweep.settings import Settings
 from gradstats.workbench.sweep.trial import Trial
 
-__all__ = ["Screen", "require_matplotlib", "show"]
+__all__ = ["Screen", "show"]
 
 LOSSES = {
     "final_loss": "final loss",
@@ -63,16 +62,6 @@ class Screen:
                 text += f" {name.replace('_', ' ')} {readable(news[name])}"
                 break
         self._progress(text, sum(self._samples.values()) / self._total)
-
-
-def require_matplotlib() -> None:
-    """Raises GradStatsError where it is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise GradStatsError(
-            f"--picture needs matplotlib ({error}); run `pip install 'gradstats[demo]'`"
-        ) from error
 
 
 def show(found: Sweep, files: Sequence[Path]) -> None:

@@ -10,19 +10,14 @@ import numpy as np
 
 from gradstats.demo.train import READ_EVERY
 from gradstats.loggers import Row
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
+from gradstats.workbench.pictures import BLUE, GREY, ORANGE, empty_figure, save
 
 
 def draw(rows: list[Row], batch_size: int, title: str, unit: str, path: Path) -> None:
     """Draw the rows of steps.jsonl. `unit` says what one sample is, in the plural."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-    figure = Figure(figsize=(8, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)  # draws to a file, whatever backend the user has set
+    figure = empty_figure(8, 6.4)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.15))
     figure.suptitle(title, fontsize=12)
     _loss(above, rows)
@@ -34,11 +29,7 @@ def draw(rows: list[Row], batch_size: int, title: str, unit: str, path: Path) ->
     below.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.3g}"))
     below.yaxis.set_minor_formatter("")
     above.set_xlim(0, rows[-1]["samples"] if rows else 1)
-    for axes in (above, below):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _loss(axes: Any, rows: list[Row]) -> None:

@@ -6,38 +6,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gradstats.errors import GradStatsError, InvalidArgumentError
 from gradstats.workbench.critical.result import Critical, smoothed
+from gradstats.workbench.pictures import BLUE, GREEN, GREY, ORANGE, empty_figure, save
 
-__all__ = ["draw", "drawable"]
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
-
-
-def drawable(path: Path) -> None:
-    """Raise where no picture can be written to `path`: before the measuring, not after it."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise GradStatsError(
-            f"pictures need matplotlib ({error}); run `pip install 'gradstats[demo]'`"
-        ) from error
-    known = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in known:
-        raise InvalidArgumentError(
-            f"no picture can be written as {path.name!r}; its name must end in .png, .svg or .pdf"
-        )
+__all__ = ["draw"]
 
 
 def draw(found: Critical, path: Path) -> None:
     """Raises InvalidArgumentError where the file cannot be written."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)  # draws to a file, whatever backend the user has set
+    figure = empty_figure(10, 4.4)
     left, right = figure.subplots(1, 2)
     shades = colormaps["viridis"]
     for i, branch in enumerate(found.branches):
@@ -49,15 +28,7 @@ def draw(found: Critical, path: Path) -> None:
     left.set_ylabel("loss, smoothed")
     left.legend(frameon=False, title="batch size", ncols=2)
     _differences(right, found)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise InvalidArgumentError(f"{path} cannot be written ({error.strerror})") from error
+    save(figure, path)
 
 
 def _differences(axes: Any, found: Critical) -> None:

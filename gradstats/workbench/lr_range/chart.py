@@ -7,17 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gradstats.errors import GradStatsError
 from gradstats.workbench.lr_range.curve import Curve
 from gradstats.workbench.lr_range.scaling import Scaling
+from gradstats.workbench.pictures import COLOURS, GREY, empty_figure, save
 
-__all__ = ["draw", "require_matplotlib", "text_chart"]
+__all__ = ["draw", "text_chart"]
 
 WIDTH, HEIGHT = 64, 12
 ABOVE = 0.35  # of the largest fall that is shown above the loss at the start
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-GREY = "#555555"
 
 
 def text_chart(curve: Curve, width: int = WIDTH, height: int = HEIGHT) -> str:
@@ -52,42 +49,19 @@ def text_chart(curve: Curve, width: int = WIDTH, height: int = HEIGHT) -> str:
     return "\n".join(lines)
 
 
-def require_matplotlib() -> None:
-    """Raises GradStatsError where it is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise GradStatsError(
-            f"a picture needs matplotlib ({error}); run `pip install 'gradstats[demo]'`, or leave "
-            "--picture out"
-        ) from error
-
-
 def draw(curves: Sequence[Curve], scaling: Scaling | None, title: str, path: Path) -> None:
     """Draw the curves, and where there are several the best rates over the batch sizes.
 
-    Raises GradStatsError where matplotlib is not installed or the file cannot be written.
+    Raises InvalidArgumentError where the file cannot be written.
     """
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     several = len(curves) > 1
-    figure = Figure(figsize=(11 if several else 7.5, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)  # draws to a file, whatever backend the user has set
+    figure = empty_figure(11 if several else 7.5, 4.6)
     panels = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
     figure.suptitle(title, fontsize=12)
     _losses(panels[0], curves)
     if several:
         _best(panels[1], curves, scaling)
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise GradStatsError(f"the picture cannot be written to {path} ({error})") from error
+    save(figure, path, grid="both")
 
 
 def _loss_range(curve: Curve) -> tuple[float, float]:

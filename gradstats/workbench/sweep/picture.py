@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 
 from gradstats.errors import InvalidArgumentError
+from gradstats.workbench.pictures import COLOURS, GREY, empty_figure, save
 from gradstats.workbench.sweep.summary import by_plan, measure_of
 
 __all__ = ["draw"]
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-GREY = "#555555"
 POINTS = 200  # of a mean curve
 
 
@@ -24,15 +22,11 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
 
     Raises InvalidArgumentError where the file cannot be written, or no trial ended.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     done = by_plan([t for t in found["trials"] if t["ok"]])
     if not done:
         raise InvalidArgumentError("no trial of the sweep ended, so there is nothing to draw")
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(done)}
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    FigureCanvasAgg(figure)  # draws to a file, whatever backend the user has set
+    figure = empty_figure(12, 7)
     above, below = figure.subplots(2, 3)
     measure = measure_of([t for runs in done.values() for t in runs])
     for axes, (by, label) in zip(above, BY.items(), strict=True):
@@ -43,15 +37,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     _finals(below[0], found["summary"], colours)
     _variance(below[1], found["variance"])
     _steps(below[2], found["steps_to_target"])
-    for axes in (*above, *below):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise InvalidArgumentError(f"the picture {path} cannot be written ({error})") from error
+    save(figure, path)
 
 
 BY = {"samples": "samples", "step": "steps", "seconds": "seconds"}
