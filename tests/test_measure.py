@@ -204,6 +204,7 @@ def test_what_cannot_be_measured_is_refused():
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 1024}, "batch_size=1024 cannot be used; the data has 512 samples"),
         ({"micro_batch_size": 5}, "pass a divisor of batch_size=32"),
         ({"method": "ranks"}, "several processes"),
         ({"method": "micro_batch"}, "compares several a step"),

@@ -62,6 +62,7 @@ def test_validation_is_seen_once() -> None:
     [
         ("no_data", "neither a dataset with indices and a length, nor a DataLoader"),
         ("wrong_optimizer", "optimizer is a str"),
+        ("optimizer_of_another_model", "SGD holds none of the model's trainable parameters"),
         ("regression", r"must return \(model, loss_fn, data\), .* not a TensorDataset"),
     ],
 )

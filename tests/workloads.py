@@ -57,6 +57,11 @@ def wrong_optimizer():
     return nn.Linear(8, 1), nn.MSELoss(), regression(), lambda params: "sgd"
 
 
+def optimizer_of_another_model():
+    optimizer = torch.optim.SGD(nn.Linear(8, 1).parameters(), 0.1)
+    return nn.Linear(8, 1), nn.MSELoss(), regression(), optimizer
+
+
 def dropout():
     """Everything that a trial that goes on has to put back: dropout, momentum, other random numbers."""
     model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Dropout(0.2), nn.Linear(12, 1))

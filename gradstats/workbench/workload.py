@@ -71,6 +71,12 @@ class Workload:
                 f"the workload's optimizer is a {type(made).__name__}; pass a torch.optim.Optimizer, or "
                 "a function that makes one from a list of parameters"
             )
+        held = {id(p) for group in made.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in params):
+            raise InvalidArgumentError(
+                f"the workload's {type(made).__name__} holds none of the model's trainable parameters; "
+                "make it from those of the model that is returned"
+            )
         self.optimizer: torch.optim.Optimizer = made
         self._loss = joined(self.loss_fn)
         self._data = _Source(self.data, "data")

@@ -46,7 +46,8 @@ def measure(
     Model, optimizer and random numbers are put back to the bit when it returns or raises.
 
     Args:
-        batch_size: samples per optimizer step (default: the workload's, else 32).
+        batch_size: samples per optimizer step, at most those of the data (default: the workload's, else
+            32, or all).
         micro_batch_size: samples at once, a divisor of `batch_size` (default: all of them).
         steps: optimizer steps, at most.
         precision: end once the interval's ends differ by no more than this factor, looked at every
@@ -71,7 +72,10 @@ def measure(
         InvalidArgumentError: an argument is out of range.
         GradStatsError: the model cannot be measured like this, or a step of the workload failed.
     """
-    size = whole("batch_size", batch_size, workload.batch_size or DEFAULT_BATCH_SIZE)
+    default = workload.batch_size or min(DEFAULT_BATCH_SIZE, workload.num_samples)
+    size = whole("batch_size", batch_size, default)
+    held = workload.num_samples
+    require(size <= held, "batch_size", size, f"the data has {held} samples, each once in a batch")
     micro = whole("micro_batch_size", micro_batch_size, size)
     require(size % micro == 0, "micro_batch_size", micro, f"pass a divisor of batch_size={size}")
     require(method != "ranks", "method", method, "it needs a training of several processes")
