@@ -134,7 +134,11 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
             cuda_sources = [s for s in cuda_sources if not s.endswith("_sm90.cu")]
     extension = kind(
         "gradstats._C",
-        ["csrc/host.cpp", *sorted(glob("csrc/cpu/*.cpp")), *(cuda_sources if cuda else [])],
+        [
+            *sorted(glob("csrc/*.cpp")),
+            *sorted(glob("csrc/cpu/*.cpp")),
+            *(cuda_sources if cuda else []),
+        ],
         include_dirs=[os.path.abspath("csrc")],
         depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
         extra_compile_args=args,

@@ -9,7 +9,9 @@
 #include <optional>
 
 #include "cpu/linear_node.h"
+#include "joint_row.h"
 #include "ops.h"
+#include "shortcuts.h"
 
 namespace py = pybind11;
 
@@ -46,48 +48,6 @@ void check_cpu() {
 
 using Guard = py::call_guard<py::gil_scoped_release, c10::NoGradGuard>;
 
-bool ending() {
-#if PY_VERSION_HEX >= 0x030d0000
-  return !Py_IsInitialized() || Py_IsFinalizing();
-#else
-  return !Py_IsInitialized() || _Py_IsFinalizing();
-#endif
-}
-
-// A row's gradient is the squared norms and the count of this delivery. `joint` (rules/joint.py, or
-// None) knows of other uses of the parameter, and adds their inner products.
-gradstats::cpu::RowOf row_of(const py::object& joint) {
-  const auto alone = [](const at::Tensor& sq_norm) {
-    at::Tensor row = at::empty({sq_norm.size(0) + 1}, sq_norm.options());
-    row.narrow(0, 0, sq_norm.size(0)).copy_(sq_norm);
-    row[sq_norm.size(0)].fill_(1);
-    return row;
-  };
-  if (joint.is_none()) {
-    return [alone](intptr_t, const at::Tensor& sq_norm, const at::Tensor&, const at::Tensor&) {
-      return alone(sq_norm);
-    };
-  }
-  // The graph may be let go of in any thread. While the interpreter ends, one that asks for the GIL
-  // is ended itself, which no destructor survives: what is left then goes with the process.
-  const std::shared_ptr<py::object> held(new py::object(joint), [](py::object* object) {
-    if (ending()) return;
-    const py::gil_scoped_acquire gil;
-    delete object;
-  });
-  return [alone, held](intptr_t node, const at::Tensor& sq_norm, const at::Tensor& g,
-                       const at::Tensor& x) {
-    {
-      const py::gil_scoped_acquire gil;
-      if (held->attr("uses").cast<int64_t>() > 1) {
-        return x.defined() ? held->attr("of_product")(node, sq_norm, g, x).cast<at::Tensor>()
-                           : held->attr("of_sum")(node, sq_norm, g).cast<at::Tensor>();
-      }
-    }
-    return alone(sq_norm);
-  };
-}
-
 // As gradstats.ops has it. Its errors keep their Python type on their way through autograd.
 gradstats::LinearStats linear_stats_of_python(const at::Tensor& x, const at::Tensor& g, bool weight,
                                               bool bias, bool moments) {
@@ -108,6 +68,11 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
                   const std::optional<at::Tensor>& m2_w, const std::optional<at::Tensor>& row_b,
                   const std::optional<at::Tensor>& m2_b, const py::object& joint_w,
                   const py::object& joint_b) {
+  const auto row_of = [](const py::object& joint) {
+    using gradstats::Link;
+    return gradstats::row_of(
+        joint.is_none() ? nullptr : std::make_shared<Link>(Link{gradstats::hold(joint)}));
+  };
   auto of_weight = row_of(joint_w), of_bias = row_of(joint_b);
   const py::gil_scoped_release released;
   return gradstats::cpu::linear(x, weight, bias, {row_w, m2_w}, {row_b, m2_b}, std::move(of_weight),
@@ -137,6 +102,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("row_w"),
         py::arg("m2_w"), py::arg("row_b"), py::arg("m2_b"), py::arg("joint_w"), py::arg("joint_b"));
   cpu::route().elsewhere = linear_stats_of_python;
+  bind_shortcuts(m);
   m.def("compute_here", [](bool yes) { cpu::route().here = yes; }, py::arg("yes"));
   m.def("layer_norm_stats", &cpu::layer_norm_stats, py::arg("g"), py::arg("x"), py::arg("mean"),
         py::arg("rstd"), py::arg("scale"), py::arg("input"), py::arg("weight"), py::arg("bias"),
@@ -150,4 +116,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
         py::arg("weight"), py::arg("bias"), py::arg("moments"), Guard());
   m.def("multi_sq_norm", &cpu::multi_sq_norm, py::arg("tensors"), Guard());
+  m.def("step_sums", &cpu::step_sums, py::arg("rows"), py::arg("params"), py::arg("sizes"),
+        py::arg("square"), py::arg("grad_square"), Guard());
 }

@@ -40,5 +40,14 @@ LinearStats conv_stats(const Tensor& x, const Tensor& g, IntArrayRef kernel_size
 
 Tensor multi_sq_norm(const std::vector<Tensor>& tensors);
 
+// Of a step in which every parameter, of these sizes, got a gradient, from its `rows` (P, N + 1) of
+// squared norms and counts: square · norms (P, N), which were delivered as they should be (P,),
+// grad_square · |p.grad|² (P,), and of those delivered the sums (N,), their mean, and the sum of
+// the gradients'. Nothing where a gradient is missing or is of a kind that is not for here.
+using StepSums = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+std::optional<StepSums> step_sums(const Tensor& rows, const std::vector<Tensor>& params,
+                                  const std::vector<int64_t>& sizes, double square,
+                                  double grad_square);
+
 }  // namespace cpu
 }  // namespace gradstats

@@ -94,7 +94,7 @@ def forced() -> str:
 def _tell(module: Any) -> None:
     """Tell the extension whether it computes the statistics in the backward of its own nodes."""
     if hasattr(module, "compute_here"):  # an older build has no nodes
-        module.compute_here(_wanted in ("auto", "cpu"))
+        module.compute_here(serves("cpu"))
 
 
 @contextmanager
@@ -162,6 +162,11 @@ def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
     Goes by what `forced` last returned: the environment takes longer to read than a small layer.
     """
     return _resolve(op, tensor.device.type, tensor.dtype, _wanted)
+
+
+def serves(name: str) -> bool:
+    """Whether backend `name` may serve at all: nobody asked for another."""
+    return _wanted in ("auto", name)
 
 
 def native(name: str, op: str, tensor: torch.Tensor) -> Callable[..., Any] | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
-from gradstats import backends, distributed, fallback
+from gradstats import backends, distributed, fallback, shortcuts
 from gradstats.errors import AttachError
 from gradstats.interpose import Interposer
 from gradstats.probes import ATTRIBUTE, CONSTANT, Mark, new_m2_leaf
@@ -21,13 +23,28 @@ _TRANSPARENT = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 
 
 def _entered_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    interposer, path, original = self.__dict__[ENTRY]
+    interposer, path, original, shortcut = self.__dict__[ENTRY]
     if interposer is None:  # a copy of an attached model, or one that was pickled
         return original(*args, **kwargs)
+    if shortcut is not None and len(args) == 1 and not kwargs and not is_dynamo_compiling():
+        out = shortcut(*args)
+        if out is not None:
+            return out
     return interposer.enter(self, path, original, args, kwargs)
 
 
-_entered_forward.__name__ = "forward"  # so that a pickled model finds its class's forward
+def _bare_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of a module that the interposer need not know of."""
+    _, _, original, shortcut = self.__dict__[ENTRY]
+    if shortcut is not None and len(args) == 1 and not kwargs and not is_dynamo_compiling():
+        out = shortcut(original, *args)
+        if out is not None:
+            return out
+    return original(*args, **kwargs)
+
+
+for _forward in (_entered_forward, _bare_forward):
+    _forward.__name__ = "forward"  # so that a pickled model finds its class's forward
 
 
 def install(
@@ -67,13 +84,22 @@ def install(
         setattr(buffer, ATTRIBUTE, CONSTANT)
     for path, module in model.named_modules():
         if type(module).__module__ in _TRANSPARENT and next(module.parameters(), None) is None:
+            if interposer.shortcuts is not None:
+                _enter(module, _bare_forward, interposer, path, interposer.shortcuts.bare())
             continue
         interposer.owners[path] = module._parameters
-        own = module.__dict__.get("forward")
-        object.__setattr__(module, ENTRY, (interposer, path, module.forward))
-        object.__setattr__(module, "_gradstats_own_forward", own)
-        module.__dict__["forward"] = types.MethodType(_entered_forward, module)
+        shortcut = shortcuts.of_module(
+            interposer.shortcuts, module, partial(interposer.place, path)
+        )
+        _enter(module, _entered_forward, interposer, path, shortcut)
     return interposer
+
+
+def _enter(module: nn.Module, forward: Any, interposer: Interposer, path: str, way: Any) -> None:
+    own = module.__dict__.get("forward")
+    object.__setattr__(module, ENTRY, (interposer, path, module.forward, way))
+    object.__setattr__(module, "_gradstats_own_forward", own)
+    module.__dict__["forward"] = types.MethodType(forward, module)
 
 
 def uninstall(model: nn.Module) -> None:

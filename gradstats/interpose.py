@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gradstats import layout, tracing
+from gradstats import backends, layout, shortcuts, tracing
 from gradstats.calls import (
     FallbackFailed,
     NeedsFallback,
@@ -101,6 +100,7 @@ class Interposer(Answers, TorchFunctionMode):
         self.owners: dict[str, dict[str, Any]] = {}  # modules' parameters, by path
         self._inner: dict[str, list[str]] = {}
         self._passes: list[Pass] = []
+        self.shortcuts = shortcuts.made(self, device)
         self.adopted: Callable[[str, Tensor], None] | None = None  # told of new parameter objects
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -159,14 +159,23 @@ class Interposer(Answers, TorchFunctionMode):
             if self.batch == 0:  # says nothing of how samples are measured
                 known = self.settled.copy(), self.fallbacks.copy()
             self.stack.clear()
+            if self.shortcuts is not None and self._takes_shortcuts(self.current):
+                now = self.current
+                self.shortcuts.begin(now, now.rows, now.batch, now.uses, self.stack)
             with self:
                 return self._enter_nested(module, path, original, args, kwargs)
         finally:
+            if self.shortcuts is not None:
+                self.shortcuts.end()
             if known is not None:
                 self.settled, self.fallbacks = known
             if self.current is not None:
                 self.current.inputs = ()
             self.current = None
+
+    def _takes_shortcuts(self, current: Pass) -> bool:
+        plain = self.batch_dim == 0 and self.positions is None and current.groups is None
+        return plain and not current.recomputing and backends.serves("cpu")
 
     def _enter_traced(self, path: str, original: Any, args: Any, kwargs: Any) -> Any:
         key = self.key
@@ -190,7 +199,7 @@ class Interposer(Answers, TorchFunctionMode):
         comptime(lambda ctx: tracing.note_in_checkpoints(ctx))
         number = ops.next_number(self.forwards)
         leaf = Numbered.apply(getattr(self, f"_leaf_{batch}"), number)
-        self.current = Pass(batch, leaf, groups=groups)
+        self.current = Pass(batch, leaf, leaf.unbind(0), groups=groups)
         self.current.look_at(tensors_in(*args, kwargs), self.batch_dim)
         self.batch = batch
         self.tracing = True
@@ -260,7 +269,8 @@ class Interposer(Answers, TorchFunctionMode):
             restore_random_state(state)
             kept = {n: tuple(u for u in used if frame not in u.frames)
                     for n, used in current.uses.items()}  # fmt: skip
-            current.uses = {n: used for n, used in kept.items() if used}
+            current.uses.clear()  # in place: shortcuts know it
+            current.uses.update({n: used for n, used in kept.items() if used})
             for name, joint in current.joints.items():
                 joint.uses = len(current.uses.get(name, ()))
 
@@ -282,6 +292,11 @@ class Interposer(Answers, TorchFunctionMode):
                 continue
             if not (whole and hasattr(param, "to_local")):
                 self._adopt(f"{path}.{key}" if path else key, param)
+
+    def place(self, path: str, key: str) -> shortcuts.Place | None:
+        """The parameter that the module at `path` has as `key`, if it is measured."""
+        name = self._canonical.get(f"{path}.{key}" if path else key)
+        return None if name is None else (name, self.marks[name], self.index[name])
 
     def _adopt(self, alias: str, param: Tensor) -> None:
         """A parameter is known by where it sits: a new object in an old place is the same one."""
@@ -315,20 +330,29 @@ class Interposer(Answers, TorchFunctionMode):
         self._passes = [p for p in self._passes if not any(p.leaf is leaf for leaf in delivered)]
         groups = self.groups
         batch = self._batch_size(path, args, kwargs) if groups is None else groups.batch
-        leaf = new_leaf(len(self.index), batch, self.dtype, self.device)
-        deliver: Callable[[Tensor], None] = self.ledger.deliver
-        if self.counted is not None:
-            if self.counted.size != batch:
-                raise BatchDimError(
-                    f"samples(mask=...) has {self.counted.size} entries, and {named(path)} got {batch} "
-                    "samples. Give it an entry for each sample."
-                )
-            deliver = partial(self.ledger.deliver, counted=self.counted)
-        leaf.register_post_accumulate_grad_hook(deliver)
-        opened = Pass(batch, leaf, groups=groups)
+        if self.counted is not None and self.counted.size != batch:
+            raise BatchDimError(
+                f"samples(mask=...) has {self.counted.size} entries, and {named(path)} got {batch} "
+                "samples. Give it an entry for each sample."
+            )
+        opened = Pass(batch, *self._leaf(batch), groups=groups)
         opened.look_at(tensors_in(*args, kwargs), self.batch_dim)
         self._passes.append(opened)
         return opened
+
+    def _leaf(self, batch: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A leaf for the statistics of a pass, and its rows: a new one, or one that nobody holds."""
+        known = None
+        if self.shortcuts is not None and self.counted is None:
+            known = self.shortcuts.take_leaf(batch + 1)
+        if known is not None:
+            return known  # type: ignore[no-any-return]
+        leaf = new_leaf(len(self.index), batch, self.dtype, self.device)
+        leaf.register_post_accumulate_grad_hook(self.ledger.hook(self.counted))
+        rows = leaf.unbind(0)
+        if self.shortcuts is not None and self.counted is None:
+            self.shortcuts.keep_leaf(leaf, rows)
+        return leaf, rows
 
     def _reopen(self, path: str, args: Any, kwargs: Any) -> Pass:
         """A checkpoint recomputes in the backward: find the pass that it belongs to."""
@@ -343,7 +367,13 @@ class Interposer(Answers, TorchFunctionMode):
                 "checkpoint(..., use_reentrant=False), or run backward before the next forward."
             )
         found = fitting[-1]
-        return Pass(found.batch, found.leaf, recomputing=True, groups=told or found.groups)
+        return Pass(
+            found.batch,
+            found.leaf,
+            found.leaf.unbind(0),
+            recomputing=True,
+            groups=told or found.groups,
+        )
 
     def _was_within_fallback(self, path: str) -> bool:
         """Whether a checkpoint recomputes what ran without rules, inside a module of the fallback."""

@@ -34,6 +34,7 @@ class PerSample(Source):
             model, options.batch_dim, options.moments, options.fallback_bytes, tokens, only
         )
         self.names = tuple(self.interposer.index)
+        self._sizes = tuple(p.numel() for n, p in model.named_parameters() if n in self.names)
         self._owners = [distributed.owner_of(model, name) for name in self.names]
         told_of = (options.every, options.moments, options.batch_dim, options.sample)
         settings = repr((*told_of, options.loss_reduction, self.interposer.dtype))
@@ -82,18 +83,25 @@ class PerSample(Source):
         except GradStatsError:
             self._give_up(params)
             raise
+        summed, per_layer = self._options.summed, self._options.per_layer
+        batches = [g.batch for g in groups]
+        joined = None
         if self.ranks is None:
-            joined, local = None, record.gather(names, params, groups, reasons)
+            m2 = self._moments.take(batches, None) if self._moments else {}
+            if not reasons and scale is None:
+                known = names, self._sizes, params
+                stats = record.at_once(*known, groups, summed, per_layer, m2)
+                if stats is not None:
+                    return stats
+            local = record.gather(names, params, groups, reasons)
         else:
             absent = self.ranks.absent(params)
             local = record.gather(names, params, groups, reasons, absent)
             joined = self.ranks.join(params, local)
-        m2 = self._moments.take([g.batch for g in groups], joined) if self._moments else {}
-        if self.ranks is not None and joined is not None:
-            error = self.ranks.finish(joined)
+            m2 = self._moments.take(batches, joined) if self._moments else {}
+            error = self.ranks.finish(joined) if joined is not None else None
             if error is not None:
                 raise error
-        summed, per_layer = self._options.summed, self._options.per_layer
         return record.build(names, params, local, joined, reasons, summed, per_layer, m2, scale)
 
     def _give_up(self, params: list[Tensor]) -> None:

@@ -12,6 +12,7 @@ stride 0 and take no memory.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -57,10 +58,10 @@ class Mark:
         self.part = part
 
     def __reduce__(self) -> Any:
-        return (_nothing, ())  # a pickled parameter comes back as any other
+        return (nothing, ())  # a pickled parameter comes back as any other
 
 
-def _nothing() -> None:
+def nothing() -> None:
     return None
 
 
@@ -141,12 +142,13 @@ class Pass:
     """One forward pass of the model: its batch size, its rows, and who used which parameter."""
 
     def __init__(
-        self, batch: int, leaf: Tensor, recomputing: bool = False, groups: Grouping | None = None
-    ) -> None:
+        self, batch: int, leaf: Tensor, rows: tuple[Tensor, ...], recomputing: bool = False,
+        groups: Grouping | None = None,
+    ) -> None:  # fmt: skip
         self.batch = batch
         self.groups = groups  # where some tensors hold rows of samples, not samples
         self.leaf = leaf
-        self.rows = leaf.unbind(0)
+        self.rows = rows
         self.recomputing = recomputing  # a checkpoint runs part of it again, in the backward
         self.skipped = False  # part of it ran without gradients, as in a reentrant checkpoint
         self.uses: dict[str, tuple[UseOf, ...]] = {}
@@ -199,6 +201,17 @@ class Ledger:
                 known.task = min(known.task, task)
                 return
         self.deliveries.append(Delivery(leaf.shape[1] - 1, task, leaf=leaf, counted=counted))
+
+    def hook(self, counted: Counted | None) -> Callable[[Tensor], None]:
+        """`deliver` for a leaf, which a graph may keep longer than there is a ledger."""
+        it = weakref.ref(self)
+
+        def deliver(leaf: Tensor) -> None:
+            ledger = it()
+            if ledger is not None:
+                ledger.deliver(leaf, counted)
+
+        return deliver
 
     def deliver_shared(self, leaf: Tensor) -> None:
         """Hook of the leaf that every run of a compiled graph shares: take the gradient away."""

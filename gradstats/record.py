@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradstats import backends
 from gradstats.errors import BatchDimError, NoStatisticsError
 from gradstats.grouping import Counted
 from gradstats.ops import call
@@ -141,6 +142,35 @@ def gather(
         ok = ok & ~flags_on(tuple(name in reasons for name in names), delivered.device)
     grad_sq = _grad_sq_norms(params, received, delivered)
     return Local(sum(g.batch for g in groups), delivered, ok, grad_sq, trainable, lost, strays)
+
+
+def at_once(
+    names: tuple[str, ...],
+    sizes: tuple[int, ...],
+    params: Sequence[Tensor],
+    groups: Sequence[Group],
+    summed_loss: bool,
+    per_layer: bool,
+    m2: Mapping[str, Tensor],
+) -> GradStats | None:
+    """What `gather` and `build` make of an ordinary step of one process, in one call of the extension.
+
+    None where the step has something special, or there is no extension for it.
+    """
+    n, rows, counted = groups[0]
+    native = backends.native("step_sums", "multi_sq_norm", rows)
+    if native is None or len(groups) > 1 or counted is not None:
+        return None
+    square = 1.0 if summed_loss else float(n) ** 2
+    sums = native(rows, params, sizes, square, 1 / at_least_one(n) ** 2 if summed_loss else 1.0)
+    if sums is None:
+        return None
+    sq_norm, ok, grad_sq, total, mean, grad_total = sums
+    return GradStats(
+        n, 1, mean, grad_total, total, Coverage(names, sizes, ok, {}, ()),
+        Scaled(m2, square / (n - 1)) if m2 and n > 1 else {},
+        sq_norm if per_layer else None, grad_sq if per_layer else None,
+    )  # fmt: skip
 
 
 def _leave_out(groups: Sequence[Group]) -> tuple[list[Group], Tensor]:

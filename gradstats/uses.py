@@ -30,6 +30,7 @@ class Answers:
     layouts: dict[str, str]  # of flattened inputs, by the module that met them
     looked: bool  # for those layouts
     tracing: bool  # a graph is compiled
+    shortcuts: Any  # of the compiled extension, or None
     shared: set[str]  # parameters that some compiled graph uses several times
 
     def _fall_back_or_note(self, name: str, reason: str, earlier: tuple[UseOf, ...]) -> None:
@@ -64,7 +65,11 @@ class Answers:
         assert current is not None
         if current.recomputing or self.tracing:
             return None
-        joint: Joint = current.joints.setdefault(mark.name, Joint())
+        joint: Joint | None = current.joints.get(mark.name)
+        if joint is None:
+            joint = current.joints[mark.name] = Joint()
+            if self.shortcuts is not None and self.shortcuts.link(self.index[mark.name], joint):
+                joint.uses = 1  # the shortcut's
         joint.uses += 1
         return joint
 

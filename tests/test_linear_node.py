@@ -146,15 +146,16 @@ def test_an_input_changed_in_place_is_found(model) -> None:
             out.backward()
 
 
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return self.layer(torch.tanh(self.layer(x)))
+
+
 def test_several_uses_are_joined() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(5, 5)
-
-        def forward(self, x):  # type: ignore[no-untyped-def]
-            return self.layer(torch.tanh(self.layer(x)))
-
     torch.manual_seed(1)
     model, x = Twice(), torch.randn(6, 4, 5)
     with gradstats.attach(model) as monitor:
@@ -164,11 +165,11 @@ def test_several_uses_are_joined() -> None:
     assert_matches(stats, per_sample_gradients(model, loss, x), 1e-5)
 
 
-def test_nothing_outlives_the_graph(model) -> None:
+def test_nothing_outlives_the_graph() -> None:
+    model, x = Twice(), torch.randn(6, 5)
     with gradstats.attach(model) as monitor:
-        x = torch.randn(6, 5)
         out = model(x)
-        held = weakref.ref(monitor._source.interposer._passes[-1].joints["0.weight"])
+        held = weakref.ref(monitor._source.interposer._passes[-1].joints["layer.weight"])
         loss(model, x).backward()
         monitor.step()
         del out

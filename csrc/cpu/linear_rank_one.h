@@ -5,9 +5,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/ceil_div.h>
 
+#include <cmath>
 #include <vector>
 
 #include "linear_fused.h"
+#include "linear_rows.h"
 #include "linear_squares.h"
 
 namespace gradstats::cpu::linear {
@@ -16,21 +18,6 @@ namespace gradstats::cpu::linear {
 // an element below this fraction of its sum of squares are computed again, sample by sample.
 constexpr double kAgree = 1.0 / 64;
 constexpr double kAgreeOnTiles = 1.0 / 16;  // whose squares are some ten times as far off
-
-// Squared norms of the samples' rows of x (where `in` is not zero) and g, one after the other.
-template <typename In>
-std::vector<double> row_norms(const Rows<In>& x, int64_t in, const Rows<In>& g, int64_t out,
-                              int64_t samples) {
-  std::vector<double> norms(2 * samples);
-  const int64_t grain = at::ceil_div<int64_t>(1 << 15, std::max<int64_t>(1, in + out));
-  at::parallel_for(0, samples, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      norms[b] = in == 0 ? 0 : sum_squares(x.data + b * x.sample_stride, in);
-      norms[samples + b] = sum_squares(g.data + b * g.sample_stride, out);
-    }
-  });
-  return norms;
-}
 
 // m2 -= sum^2 / samples, not below zero; whether an element lost digits.
 template <typename A>
@@ -50,19 +37,19 @@ bool centre(const A* sum, A* m2, int64_t count, int64_t samples) {
   return std::any_of(lanes, lanes + Vec::size(), [](A v) { return v < 0; });
 }
 
-// Where matrix tiles serve: m2 from dw's sums, on them; whether it did. `norms`: of x, then of g.
+// Where matrix tiles serve: m2 from dw's sums, on them; whether it did.
 template <typename In>
-bool squares_on_tiles(const Problem<In>& p, const std::vector<double>& norms, const Acc<In>* sums,
+bool squares_on_tiles(const Problem<In>& p, const RowSums& rows, const Acc<In>* sums,
                       std::vector<char>& lost) {
 #ifdef GRADSTATS_TILES
   if constexpr (std::is_same_v<Acc<In>, float>) {
     if (!SquaresOnTiles::fits(p.samples, p.in, p.out)) return false;
-    const auto middle = norms.begin() + p.samples;
-    const double x = *std::max_element(norms.begin(), middle);
-    const double g = *std::max_element(middle, norms.end());
+    const double x = *std::max_element(rows.x.begin(), rows.x.end());
+    const double g = *std::max_element(rows.g.begin(), rows.g.end());
     // Not finite, or nothing but zeros: as the library has it.
-    if (!std::all_of(norms.begin(), norms.end(), [](double v) { return std::isfinite(v); }) ||
-        x == 0 || g == 0) {
+    const auto finite = [](double v) { return std::isfinite(v); };
+    if (!std::all_of(rows.x.begin(), rows.x.end(), finite) ||
+        !std::all_of(rows.g.begin(), rows.g.end(), finite) || x == 0 || g == 0) {
       return false;
     }
     SquaresOnTiles(p.samples, p.in, p.out, x, g)
@@ -76,7 +63,7 @@ bool squares_on_tiles(const Problem<In>& p, const std::vector<double>& norms, co
 // dw and m2 of a problem with one position to a sample: x (B, I), g (B, O), dw and m2 (O, I).
 template <typename In>
 void rank_one_moments(const Problem<In>& p, const at::Tensor& x, const at::Tensor& g,
-                      const std::vector<double>& norms, at::Tensor& dw, at::Tensor& m2) {
+                      const RowSums& rows, at::Tensor& dw, at::Tensor& m2) {
   using A = Acc<In>;
   const auto wide = m2.scalar_type();
   const at::Tensor x_wide = x.to(wide), g_wide = g.to(wide);
@@ -85,7 +72,7 @@ void rank_one_moments(const Problem<In>& p, const at::Tensor& x, const at::Tenso
   if (!sum.is_same(dw)) dw.copy_(sum);
   const A* sums = sum.const_data_ptr<A>();
   std::vector<char> lost(p.out, 0);
-  if (!squares_on_tiles(p, norms, sums, lost)) {
+  if (!squares_on_tiles(p, rows, sums, lost)) {
     at::mm_out(m2, g_wide.square().t(), x_wide.square());
     const int64_t grain = at::ceil_div<int64_t>(1 << 14, p.in);
     at::parallel_for(0, p.out, grain, [&](int64_t begin, int64_t end) {
@@ -105,6 +92,22 @@ void rank_one_moments(const Problem<In>& p, const at::Tensor& x, const at::Tenso
     again.dw = nullptr;
     Pass<In, true>(again).run();
   }
+}
+
+// db, its squared norms and m2 (or nothing) of a bias with one position to a sample. False where an
+// element lost digits; nothing is valid then.
+template <typename In>
+bool rank_one_bias(const RowSums& rows, In* db, Acc<In>* sq_norm, Acc<In>* m2) {
+  const auto samples = static_cast<double>(rows.g.size());
+  const int64_t out = rows.columns.size();
+  for (int64_t c = 0; m2 != nullptr && c < out; ++c) {
+    const double sum = rows.columns[c], spread = rows.of_squares[c] - sum * sum / samples;
+    if (spread < kAgree * rows.of_squares[c]) return false;
+    m2[c] = static_cast<Acc<In>>(spread);
+  }
+  for (int64_t c = 0; c < out; ++c) db[c] = static_cast<In>(rows.columns[c]);
+  std::copy(rows.g.begin(), rows.g.end(), sq_norm);
+  return true;
 }
 
 }  // namespace gradstats::cpu::linear

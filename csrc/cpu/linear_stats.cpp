@@ -68,24 +68,6 @@ void fused(const Problem<In>& p, Acc<In>* sq_norm) {
   pass.sq_norms(sq_norm);
 }
 
-// One position to a sample: from the library's sums of g (B, O) and of its squares. False where
-// an element lost digits; nothing is valid then.
-inline bool bias_moments(const Tensor& g, const std::vector<double>& norms, Tensor& db,
-                         Tensor& sq_norm, Tensor& m2) {
-  const Tensor sum = g.sum(0, false, m2.scalar_type());
-  at::sum_out(m2, g.to(m2.scalar_type()).square(), {0});
-  const int64_t samples = g.size(0);
-  return AT_DISPATCH_FLOATING_TYPES(m2.scalar_type(), "bias_moments", [&] {
-    if (centre(sum.const_data_ptr<scalar_t>(), m2.data_ptr<scalar_t>(), m2.size(0), samples)) {
-      return false;
-    }
-    db.copy_(sum);
-    auto* out = sq_norm.data_ptr<scalar_t>();
-    for (int64_t b = 0; b < samples; ++b) out[b] = static_cast<scalar_t>(norms[samples + b]);
-    return true;
-  });
-}
-
 // The gradient alone is the library's.
 void gradient(const Tensor& x, const Tensor& g, Tensor& dw) {
   at::mm_out(dw, g.reshape({-1, g.size(2)}).t(), x.reshape({-1, x.size(2)}));
@@ -115,8 +97,12 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
   const Tensor dense_g = with_dense_rows(g), dense_x = with_weight ? with_dense_rows(x) : x;
   const Rows<In> g_rows = rows_of<In>(dense_g), x_rows = rows_of<In>(dense_x);
   const bool rank_one = positions == 1;
-  std::vector<double> norms;  // of x, then of g
-  if (rank_one && !nothing) norms = row_norms(x_rows, with_weight ? in : 0, g_rows, out, samples);
+  RowSums rows;
+  if (rank_one && !nothing) {
+    const int64_t of_x = with_weight ? in : 0;
+    rows = bias && moments ? row_sums<true>(x_rows, of_x, g_rows, out, samples, true)
+                           : row_sums<false>(x_rows, of_x, g_rows, out, samples, bias);
+  }
   if (with_weight) {
     const Problem<In> problem{
         x_rows, g_rows, samples,           positions,
@@ -126,10 +112,10 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
     switch (choose<In>(positions, in, out, moments)) {
       case Path::kRankOne: {
         for (int64_t b = 0; b < samples; ++b) {
-          sq_norm[b] = static_cast<A>(norms[b] * norms[samples + b]);
+          sq_norm[b] = static_cast<A>(rows.x[b] * rows.g[b]);
         }
         if (moments) {
-          rank_one_moments(problem, dense_x.squeeze(1), dense_g.squeeze(1), norms, dw, w_m2);
+          rank_one_moments(problem, dense_x.squeeze(1), dense_g.squeeze(1), rows, dw, w_m2);
         } else {
           gradient(dense_x, dense_g, dw);
         }
@@ -153,13 +139,12 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
         }
     }
   }
-  if (with_bias && rank_one && !moments) {
-    at::sum_out(db, dense_g.squeeze(1), {0});
-    A* sq_norm = b_sq.data_ptr<A>();
-    for (int64_t b = 0; b < samples; ++b) sq_norm[b] = static_cast<A>(norms[samples + b]);
-  } else if (with_bias && !(rank_one && bias_moments(dense_g.squeeze(1), norms, db, b_sq, b_m2))) {
-    bias_stats(g_rows, samples, positions, out, db.data_ptr<In>(), b_sq.data_ptr<A>(),
-               moments ? b_m2.data_ptr<A>() : nullptr);
+  if (with_bias) {
+    In* const to = db.data_ptr<In>();
+    A* const m2 = moments ? b_m2.data_ptr<A>() : nullptr;
+    if (!rank_one || !rank_one_bias(rows, to, b_sq.data_ptr<A>(), m2)) {
+      bias_stats(g_rows, samples, positions, out, to, b_sq.data_ptr<A>(), m2);
+    }
   }
   return {dw, db, w_sq, b_sq, w_m2, b_m2};
 }
