@@ -21,6 +21,18 @@ FLAGS = pytest.mark.parametrize(
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 
 
+def m2_of_equal(sums: Tensor, samples: int, dtype: torch.dtype) -> Tensor:
+    """The most that rounding leaves in m2 of equal samples v = sums/samples, in any number of threads.
+
+    To first order in u = eps/2: a running sum of k of them is off by at most u|v|(k² + k)/2, and so the
+    mean made of it, with two more roundings, by u|v|(k + 5)/2, as is the next sample's distance from it.
+    Samples in several threads have shorter sums, and their merging adds no longer ones.
+    """
+    u = torch.finfo(dtype).eps / 2
+    squares = sum(((k + 5) / 2) ** 2 for k in range(1, samples + 1))
+    return squares * (u * sums / max(1, samples)) ** 2
+
+
 def check(got: tuple[Tensor, ...], inputs: tuple, op, dtype: torch.dtype) -> None:
     """`got` against the reference on the same inputs in float64; `inputs` starts with tensors."""
     wide = [a.double() if isinstance(a, Tensor) else a for a in inputs]
@@ -42,11 +54,11 @@ def check(got: tuple[Tensor, ...], inputs: tuple, op, dtype: torch.dtype) -> Non
         else:
             rel = 8e-3 if rounded and dtype == torch.bfloat16 else 2 * REL[dtype]
             size = e.abs().max() if name != "dx" else terms
-            floor = 1e-30
-            if name.endswith("m2"):  # of equal samples: the square of their mean's last digit
-                squares = expected[3 if name == "w_m2" else 4]
-                floor += torch.finfo(stats).eps ** 2 * squares.sum()
-            assert (a.double() - e).abs().max() <= rel * size + floor, name
+            floor = torch.full_like(e, 1e-30)
+            if name.endswith("m2"):
+                sums = expected[1 if name == "w_m2" else 2].double()
+                floor += m2_of_equal(sums, len(g), stats) if sums.numel() else 0
+            assert ((a.double() - e).abs() <= rel * size + floor).all(), name
         if name.endswith("m2"):
             assert (a >= 0).all(), name
 
@@ -206,6 +218,29 @@ def test_nearly_identical_samples(kind: str) -> None:
     for a, e in zip(got[5:], expected[5:], strict=True):
         assert (a >= 0).all()
         torch.testing.assert_close(a.double(), e, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("samples", [3, 7, 64, 333])
+@pytest.mark.parametrize("kind", ["layer", "group"])
+def test_equal_samples(kind: str, samples: int, threads: int) -> None:
+    """Their m2 is that of their mean's last digits."""
+    if kind == "layer":
+        g, x, mean, rstd, scale = layer_case(1, 5, 33, torch.float32, True, True)
+        run = C.layer_norm_stats
+    else:
+        g, x, mean, rstd, scale = group_case(1, 8, 20, 2, torch.float32, True)
+        run = C.group_norm_stats
+    case = [t.expand(samples, *t.shape[1:]) for t in (g, x, mean, rstd)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        _, dw, db, _, _, w_m2, b_m2 = run(*case, scale, False, True, True, True)
+    finally:
+        torch.set_num_threads(before)
+    for sums, m2 in ((dw, w_m2), (db, b_m2)):
+        assert (m2 >= 0).all()
+        assert (m2.double() <= m2_of_equal(sums.double(), samples, torch.float32)).all()
 
 
 def test_bit_reproducible() -> None:
