@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rank_end import leave
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
@@ -116,7 +117,7 @@ def main() -> None:
     train(place / "disturbed", rank, DEATHS.get(restarts))
     train(place / "whole", rank, None)
     (place / f"restarts{rank}").write_text(str(restarts))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
