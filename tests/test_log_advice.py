@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 
 import gradstats
-from gradstats.cli import main
 from gradstats.demo import train as demo
 from gradstats.errors import InvalidArgumentError
 from gradstats.estimators import NoiseScale
@@ -25,18 +23,10 @@ from gradstats.workbench.report.advice_of import basis_of_run, runs_of
 from gradstats.workbench.watch import Follower, state_of
 from gradstats.workbench.workload import load
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NOISE = NoiseScale(400.0, 280.0, 640.0, 0.8, 9600, 300, 5, 8.0, 0.02)
 # Steps that take nearly as long as their samples: small batches are soonest.
 TIMING = fit_step_time({(m, k): [1e-3 * (1 + m * k)] for m in (16, 64) for k in (1, 2)})
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny steps gain nothing from threads, and lose much where others use the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def said(path):
@@ -92,13 +82,10 @@ def test_step_times_weigh() -> None:
     assert timed < plain
 
 
-def test_the_demo_and_its_log_agree(tmp_path, monkeypatch, capsys) -> None:
+def test_the_demo_and_its_log_agree(tmp_path, monkeypatch, command_line) -> None:
     monkeypatch.setattr(demo, "TIMED_STEPS", 1)
-    args = ["--task", "digits", "--steps", "60", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["gradstats", "demo", *args])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert not exit_.value.code
+    code, _, _ = command_line("demo", "--task", "digits", "--steps", 60, "--out", tmp_path)
+    assert code == 0
     advice = json.loads((tmp_path / "summary.json").read_text())["recommendation"]
     keys = ("batch_size", "low", "high", "learning_rate")
     assert said(tmp_path / "steps.jsonl") == 3 * [tuple(advice[key] for key in keys)]

@@ -1,0 +1,82 @@
+"""Every shell line of the documentation runs, as it stands or smaller, and says what its page shows."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from doc_blocks import PAGES, Block, blocks, name
+from doc_commands import NOT_RUN, SMALLER, WRITTEN_BY, Shell, why_not
+
+SHELL = {
+    name(page): found
+    for page in PAGES
+    if (found := [b for b in blocks(page) if b.language == "sh" and not b.why_not])
+}
+LINES = [shlex.join(words) for found in SHELL.values() for b in found for words in b.commands()]
+WORD = r"[^\W\d_][\w-]*\b(?!…)"  # not one that a narrow table cuts off
+# Beginnings of sentences that are said only where the figures are such.
+VARIES = {"line Use", "line Well"}
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory) -> Shell:
+    return Shell(tmp_path_factory.mktemp("user"))
+
+
+@pytest.fixture(autouse=True)
+def as_a_user(shell: Shell, monkeypatch) -> None:
+    """In the user's folder, whose modules are found there."""
+    monkeypatch.chdir(shell.folder)
+    monkeypatch.syspath_prepend(shell.folder)
+
+
+@pytest.mark.parametrize("page", SHELL)
+def test_shell_lines_run(page: str, shell: Shell) -> None:
+    for block in SHELL[page]:
+        said = ""
+        for words in block.commands():
+            line = shlex.join(words)
+            if why_not(line) is None:
+                ended = shell.run(line)
+                assert ended.code == 0, f"{block.place}: {line}\n{ended.out}"
+                said += ended.out
+        shown = shown_after(block)
+        if shown is not None:
+            missing = sorted(shape(shown) - shape(said) - VARIES)
+            assert not missing, f"{block.place}: its page shows {missing}, not in\n{said}"
+
+
+def shown_after(block: Block) -> str | None:
+    """The output that follows a block, where there is one."""
+    end = block.line + block.code.count("\n") + 1
+    after = (b for b in blocks(block.page) if b.line == end + 2 and b.language == "text")
+    return next((b.code for b in after), None)
+
+
+def shape(text: str) -> set[str]:
+    """What output holds whatever the figures: the headings of its tables, and what its lines begin with.
+
+    Sentences begin with a capital, rows of a list with a name that two blanks follow.
+    """
+    found = set()
+    lines = text.splitlines()
+    for line, below in zip(lines, [*lines[1:], ""], strict=True):
+        if re.fullmatch(r" *─+ *", below):
+            found |= {f"heading {word}" for word in re.findall(WORD, line)}
+        elif begins := re.match(rf"([A-Z][\w-]*)|({WORD}(?: {WORD})*)  ", line):
+            found.add(f"line {begins[1] or begins[2]}")
+    return found
+
+
+def test_what_is_not_run_is_needed_and_is_all() -> None:
+    assert {why_not(line) for line in LINES} == {None, *NOT_RUN}
+
+
+def test_what_makes_lines_smaller_is_used() -> None:
+    for begins in SMALLER:
+        assert any(line.startswith(begins) for line in LINES), begins
+    for file, line in WRITTEN_BY.items():
+        assert Path(file).name in line or file.startswith("runs/demo/")
