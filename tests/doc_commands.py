@@ -20,7 +20,7 @@ from threads import num_threads
 
 # Lines that are not run here, as patterns of a whole line, and why.
 NOT_RUN = {
-    r"make \w+": "sets up an environment of its own and builds; CI runs these targets themselves",
+    r"make \w+": "sets up an environment of its own and builds: what CI does before these tests",
     r"pip install .+": "changes the environment that the tests run in",
     r"\. \.venv/bin/activate": "of the shell alone; the tests run in such an environment",
     r"python bench/step_overhead\.py .* --peers .+": "times other tools, which the tests do not install",

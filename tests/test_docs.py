@@ -189,8 +189,40 @@ def test_the_sweep_on_the_page_is_the_one_in_the_results() -> None:
         assert said in page
 
 
-def test_costs_are_the_same_on_both_pages() -> None:
-    rows = re.findall(r"^\| .*B \d+ \|.*$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
-    assert len(rows) == 5
-    costs = (DOCS / "costs.md").read_text("utf-8")
-    assert all(row in costs for row in rows)
+def results_of(file: str) -> dict:
+    return json.loads((ROOT / "bench" / "results" / file).read_text("utf-8"))
+
+
+def test_costs_are_those_in_the_results() -> None:
+    ours = results_of("step_overhead_cpu_no_peers.json")["models"]
+    peers = results_of("step_overhead_cpu.json")["models"]
+    columns = ("gradstats", "opacus ghost", "opacus hooks", "backpack", "torch.func")
+
+    def cell(rows: dict, tool: str) -> str:
+        ratios = [rows[f"{tool} {kind}"].get("ratio") for kind in ("norms", "norms+moments")]
+        shown = [
+            "–" if r is None else f"{r['median']:.{0 if r['median'] > 10 else 2}f}" for r in ratios
+        ]
+        return " / ".join(shown)
+
+    readme = (ROOT / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| .*B \d+ \|.*$", readme, re.MULTILINE)
+    for model, row in zip(("mlp", "cnn", "gpt", "resnet", "vit"), rows, strict=True):
+        shown = [re.sub(r"[¹²³ ]+$", "", part).strip() for part in row.strip("| ").split("|")[1:]]
+        wanted = [cell(ours[model], "gradstats")]
+        wanted += [cell(peers[model], tool) for tool in columns[1:]] if model in peers else []
+        assert shown[: len(wanted)] == wanted, model
+        assert row in (DOCS / "costs.md").read_text("utf-8")
+
+
+def test_the_counts_of_situations_are_those_in_the_results() -> None:
+    situations = results_of("conformance.json")["situations"].values()
+    columns = ("gradstats", "opacus hooks", "opacus ghost", "BackPACK", "torch.func")
+    verdicts = [[each["cells"][tool]["verdict"] for each in situations] for tool in columns]
+    counts = [[of.count(v) for v in ("exact", "refused", "wrong")] for of in verdicts]
+    last = f"| exact / refused / wrong, of {len(verdicts[0])} | "
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert last + " | ".join(" / ".join(map(str, of)) for of in counts) + " |" in readme
+    said = "{} exact, {} refused, none wrong".format(*counts[0])
+    assert f"{len(verdicts[0])} situations: {said}" in readme
+    assert counts[0][2] == 0
