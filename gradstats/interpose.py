@@ -132,17 +132,21 @@ class Interposer(Answers, TorchFunctionMode):
             return self._enter_nested(module, path, original, args, kwargs)
         if self._was_within_fallback(path):
             return original(*args, **kwargs)
-        first = path not in self.settled
-        before = layout.State(module, self.device) if first else None
+        if path in self.settled:
+            try:
+                return self._enter_first(module, path, original, args, kwargs)
+            except NeedsLayout:
+                self._look(layout.State(module, self.device), original, args, kwargs)
+                return self._enter_first(module, path, original, args, kwargs)
+        before = layout.State(module, self.device)
         try:
             out = self._enter_first(module, path, original, args, kwargs)
         except NeedsLayout:
-            before = before or layout.State(module, self.device)
             self._look(before, original, args, kwargs)
             return self._enter_first(module, path, original, args, kwargs)
         # Another dimension as long as the batch: do the samples stay apart in the one we take?
         told = self.groups is not None or self.batch_dim != 0 or self.sequences < 2
-        inputs = tensors_in(*args, kwargs) if first and not told else ()
+        inputs = () if told else tensors_in(*args, kwargs)
         if any(self.sequences in t.shape[1:] for t in inputs):
             layout.find(self, layout.State(module, self.device), original, args, kwargs)
         return out

@@ -19,6 +19,7 @@ from torch import Tensor
 from gradstats.errors import OrderError
 from gradstats.probes import Ledger
 
+_DISTRIBUTED = torch.distributed.is_available()
 _STEP = "Call monitor.step() once per optimizer step, right after backward"
 
 
@@ -57,7 +58,7 @@ class Order:
 
     def _after_backward(self) -> None:
         """The autograd engine runs this at the end of a backward that delivered something."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _DISTRIBUTED and torch.distributed.is_initialized():
             return
         old, new = self._seen, self._look()
         if old is not None and old.grad is not None and old.param is new.param:

@@ -1,0 +1,344 @@
+"""The extension's way past the interposer: where it is taken, where it is not, and that nobody can tell."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import loss
+from oracle import assert_matches, per_sample_gradients
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+import gradstats
+from gradstats import interpose
+
+C = pytest.importorskip("gradstats._C", reason="gradstats._C is not built")
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)
+    )
+
+
+@pytest.fixture
+def entered(monkeypatch) -> list[str]:
+    """The paths of the modules that Python entered."""
+    paths: list[str] = []
+    plain = interpose.Interposer.enter
+
+    def enter(self, module, path, original, args, kwargs):  # type: ignore[no-untyped-def]
+        paths.append(path)
+        return plain(self, module, path, original, args, kwargs)
+
+    monkeypatch.setattr(interpose.Interposer, "enter", enter)
+    return paths
+
+
+def measured(model, x, context=None, tolerance: float = 1e-5, loss=loss):  # type: ignore[no-untyped-def]
+    """A measured step, held against the oracle."""
+    plain = copy.deepcopy(model)
+    with gradstats.attach(model) as monitor:
+        with context or torch.enable_grad():
+            value = loss(model, x)
+        value.backward()
+        stats = monitor.step()
+    assert_matches(stats, per_sample_gradients(plain, loss, x), tolerance)
+
+
+def test_plain_layers_take_it(model, entered) -> None:
+    measured(model, torch.randn(6, 5))
+    assert entered == [""]
+
+
+def test_any_number_of_positions_and_moments(model, entered) -> None:
+    x = torch.randn(6, 3, 2, 5)
+    plain = copy.deepcopy(model)
+    with gradstats.attach(model, moments=True) as monitor:
+        loss(model, x).backward()
+        stats = monitor.step()
+    assert entered == [""]
+    truth = per_sample_gradients(plain, loss, x)
+    assert_matches(stats, truth, 1e-5)
+    for name, each in truth.items():
+        want = each.var(0)
+        got = stats.grad_var[name].double()
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6 * want.max().item())
+
+
+def test_float64_and_bfloat16(entered) -> None:
+    torch.manual_seed(1)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.bfloat16, 3e-2)):
+        model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).to(dtype)
+        measured(model, torch.randn(6, 5, dtype=dtype), tolerance=tolerance)
+    assert entered == ["", ""]
+
+
+def test_what_is_not_plain_does_not(model, entered) -> None:
+    """Every one of these is left to Python, and exact there."""
+    x = torch.randn(6, 5)
+
+    class Watching(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[object] = []
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watching() as mode:
+        measured(model, x, loss=loss)
+    assert mode.seen.count(F.linear) >= 3  # also those of the forward that is measured
+    assert "0" in entered
+
+    entered.clear()
+
+    class Owner(nn.Module):
+        def forward(self, x):  # type: ignore[no-untyped-def]
+            return self.parts[2](F.relu(self.parts[0](input=x)))
+
+    owner = Owner()
+    owner.parts = nn.ModuleList([nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2)])
+    measured(owner, x)
+    assert entered == ["", "parts.0"]
+
+    entered.clear()
+    other = type("Other", (nn.Linear,), {"forward": lambda self, x: F.linear(x, self.weight) * 2})
+    measured(nn.Sequential(other(5, 3, bias=False), nn.Linear(3, 2)), x)
+    assert entered == ["", "0"]
+
+    entered.clear()
+    frozen = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    frozen[0].bias.requires_grad_(False)
+    with gradstats.attach(frozen) as monitor:
+        loss(frozen, x).backward()
+        assert monitor.step().coverage.fraction == 1
+    assert entered == ["", "0"]
+
+
+def test_autocast_is_left_to_python(model, entered) -> None:
+    with gradstats.attach(model) as monitor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(torch.randn(6, 5))
+        assert out.dtype == torch.bfloat16
+        out.float().square().mean().backward()
+        assert monitor.step().coverage.fraction == 1
+    assert "0" in entered
+
+
+def test_another_backend_is_left_to_python(model, entered) -> None:
+    with gradstats.backends.use("reference"):
+        measured(model, torch.randn(6, 5))
+    assert "0" in entered
+
+
+class Uses(nn.Module):
+    """Of one layer: as it is, through its weight, and behind a mark."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.layer, self.out = nn.Linear(5, 5), nn.Linear(5, 2)
+        self.scale = nn.Parameter(torch.randn(5))
+        self.order = order
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        for kind in self.order:
+            if kind == "m":
+                x = torch.tanh(self.layer(x))
+            elif kind == "f":
+                x = torch.sin(F.linear(x, self.layer.weight, self.layer.bias))
+            elif kind == "c":
+                x = checkpoint(self.layer, x, use_reentrant=False)
+            else:
+                x = x * self.layer(self.scale.expand(len(x), 5))
+        return self.out(x)
+
+
+@pytest.mark.parametrize(
+    "order", ["m", "mm", "mf", "fm", "mfm", "ffm", "mmm", "mc", "cm", "s", "sm", "ms"]
+)
+def test_uses_of_either_kind_are_joined(order) -> None:
+    torch.manual_seed(2)
+    measured(Uses(order), torch.randn(6, 5))
+
+
+def test_two_forwards_live_at_once(model) -> None:
+    a, b = torch.randn(6, 5), torch.randn(6, 5)
+    plain = copy.deepcopy(model)
+    with gradstats.attach(model) as monitor:
+        for _ in range(3):
+            model.zero_grad()
+            first, second = loss(model, a), loss(model, b)
+            first.backward()
+            second.backward()
+            stats = monitor.step()
+    truth = per_sample_gradients(plain, lambda m, x: 2 * loss(m, x), torch.cat([a, b]))
+    assert stats.num_samples == 12
+    assert_matches(stats, {k: v for k, v in truth.items()}, 1e-5)
+
+
+def test_a_leaf_is_used_again_once_its_graph_is_gone(model) -> None:
+    x = torch.randn(6, 5)
+    with gradstats.attach(model) as monitor:
+        leaves = []
+        for _ in range(4):
+            model.zero_grad()
+            value = loss(model, x)
+            leaves.append(monitor._source.interposer._passes[-1].leaf)
+            value.backward()
+            del value
+            monitor.step()
+        assert all(leaf is leaves[0] for leaf in leaves)
+        held = model(x)  # its graph is alive, with or without a backward
+        assert monitor._source.interposer._passes[-1].leaf is leaves[0]
+        loss(model, x).backward()
+        assert monitor._source.interposer._passes[-1].leaf is not leaves[0]
+        assert monitor.step().coverage.fraction == 1
+        held.sum().backward()
+        assert monitor.step().coverage.fraction == 1
+
+
+def test_a_graph_that_runs_twice_is_not_taken_for_the_next_one(model) -> None:
+    x = torch.randn(6, 5)
+    with gradstats.attach(model) as monitor:
+        value = loss(model, x)
+        value.backward(retain_graph=True)
+        monitor.step()
+        model.zero_grad()
+        loss(model, x).backward()
+        value.backward()
+        stats = monitor.step()
+        assert stats.num_samples == 12  # those of the first graph again, and those of the second
+        assert stats.coverage.fraction == 1
+
+
+def test_an_exception_inside_leaves_nothing_open(model, entered) -> None:
+    model[1].register_forward_hook(lambda *_: 1 / 0)
+    x = torch.randn(6, 5)
+    with gradstats.attach(model) as monitor:
+        with pytest.raises(ZeroDivisionError):
+            model(x)
+        model[1]._forward_hooks.clear()
+        loss(model, x).backward()
+        assert monitor.step().coverage.fraction == 1
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), gradstats.attach(model):
+        model(torch.randn(6, 4))
+
+
+def test_a_wrong_batch_is_refused_as_ever(model) -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x):  # type: ignore[no-untyped-def]
+            return self.parts(x[1:])
+
+    cut = Cut()
+    with gradstats.attach(cut), pytest.raises(gradstats.BatchDimError, match=r"'parts\.0'"):
+        cut(torch.randn(6, 5))
+
+
+def test_copies_pickles_and_detached_models_know_nothing(model) -> None:
+    x = torch.randn(6, 5)
+    want = model(x)
+    with gradstats.attach(model):
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            torch.testing.assert_close(other(x), want)
+    assert "forward" not in model[1].__dict__
+    assert type(model(x).grad_fn).__name__ == "AddmmBackward0"
+
+
+def test_nothing_is_kept_alive() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+    held = weakref.ref(model[0].weight)
+    monitor = gradstats.attach(model)
+    loss(model, torch.randn(6, 5)).backward()
+    monitor.step()
+    del model, monitor  # without detach()
+    gc.collect()
+    assert held() is None
+
+
+def test_inplace_activations_and_hooks(entered) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(inplace=True), nn.Dropout(0.0), nn.Linear(7, 3))
+    calls: list[str] = []
+    model[0].register_forward_hook(lambda *_: calls.append("after"))
+    model[0].register_forward_pre_hook(lambda *_: calls.append("before"))
+    x = torch.randn(6, 5)
+    with gradstats.attach(model) as monitor:
+        loss(model, x).backward()
+        stats = monitor.step()
+    assert calls == ["before", "after"]
+    assert entered == [""]
+    model[0]._forward_hooks.clear()
+    model[0]._forward_pre_hooks.clear()
+    assert_matches(stats, per_sample_gradients(model, loss, x), 1e-5)
+
+
+def test_totals_of_a_step_equal_those_of_the_reference(model) -> None:
+    x = torch.randn(6, 5)
+    records = []
+    totals = (
+        "mean_sq_norm",
+        "grad_sq_norm",
+        "per_sample_sq_norm",
+        "layer_sq_norm",
+        "layer_grad_sq_norm",
+    )
+    for reduction in ("mean", "sum"):
+        for backend in ("auto", "reference"):
+            model.zero_grad()
+            with (
+                gradstats.attach(model, loss_reduction=reduction) as monitor,
+                gradstats.backends.use(backend),
+            ):
+                (loss(model, x) * (len(x) if reduction == "sum" else 1)).backward()
+                records.append(monitor.step())
+    for got, want in zip(records[::2], records[1::2], strict=True):
+        for key in totals:
+            torch.testing.assert_close(getattr(got, key), getattr(want, key), rtol=1e-5, atol=0)
+        assert got.coverage.measured == want.coverage.measured
+
+
+def test_totals_where_nothing_was_delivered(model) -> None:
+    x = torch.randn(6, 5)
+    with gradstats.attach(model) as monitor:
+        value = loss(model, x)
+        value.backward(retain_graph=True)
+        value.backward()
+        stats = monitor.step()
+    assert stats.coverage.fraction == 0
+    assert stats.mean_sq_norm.isnan()
+    assert stats.grad_sq_norm.isnan()
+
+
+def test_step_sums_leaves_special_steps_alone() -> None:
+    w = torch.randn(3, requires_grad=True)
+    rows = torch.ones(1, 5)
+    assert C.step_sums(rows, [w], [3], 1.0, 1.0) is None  # no gradient
+    w.grad = torch.ones(3)
+    assert C.step_sums(rows, [w], [4], 1.0, 1.0) is None  # another size
+    assert C.step_sums(rows.half(), [w], [3], 1.0, 1.0) is None
+    sq_norm, ok, grad_sq, total, mean, grad_total = C.step_sums(rows, [w], [3], 4.0, 2.0)
+    assert ok.tolist() == [True]
+    assert sq_norm.tolist() == [[4.0] * 4]
+    assert (grad_sq.tolist(), total.tolist(), mean.item(), grad_total.item()) == (
+        [6.0],
+        [4.0] * 4,
+        4.0,
+        6.0,
+    )
+    w.grad = torch.ones(3).to_sparse()
+    assert C.step_sums(rows, [w], [3], 1.0, 1.0) is None
