@@ -60,8 +60,8 @@ def run_of(rng: np.random.Generator, steps: int, batch: int, dim: int, ratio: fl
         )
     for decay in DECAYS:
         own, cross = buffered(grad, grad_sq, exact, batch, decay)
-        found[f"{EXACT}, |G|² from a buffer of {decay}"] = (exact[1:], own[1:])
-        found[f"{EXACT}, |G|² from buffer × gradient, {decay}"] = (exact[1:], cross[1:])
+        found[f"{EXACT}, |G|² from a buffer of {decay}"] = (exact, own)
+        found[f"{EXACT}, |G|² from buffer × gradient, {decay}"] = (exact, cross)
     return found
 
 
@@ -103,9 +103,10 @@ def main() -> None:
         errors: dict[str, list[Array]] = {}
         for _ in range(args.runs):
             for name, (tr, sq) in run_of(rng, args.steps, args.batch, args.dim, ratio).items():
-                count = np.arange(1, len(tr) + 1)
-                with np.errstate(divide="ignore"):
-                    value = (tr.cumsum() / count) / np.maximum(sq.cumsum() / count, 0.0)
+                known = np.isfinite(sq)  # a buffer has to fill first
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    sums = (np.where(known, column, 0.0).cumsum() for column in (tr, sq))
+                    value = next(sums) / np.maximum(next(sums), 0.0)
                 errors.setdefault(name, []).append(value / (ratio * args.batch) - 1)
         for name, rows in errors.items():
             found.setdefault(name, {})[f"{ratio:g}"] = needed(np.stack(rows))

@@ -121,6 +121,7 @@ def noise_scale(
     half_life: float = DEFAULT_HALF_LIFE,
     confidence: float = 0.9,
     coverage: float = 1.0,
+    decay: float = 0.0,
 ) -> NoiseScale:
     """Noise scale of a run from K optimizer steps in time order.
 
@@ -132,6 +133,8 @@ def noise_scale(
             The default is long beside what an estimate needs and short beside a training run.
         confidence: probability that the interval holds the true value, in (0, 1).
         coverage: fraction of the trainable parameters behind the numbers, in [0, 1].
+        decay: where each ``|G|²`` is of a momentum buffer, how much of it the next step's buffer keeps,
+            in [0, 1).
 
     Input from which nothing can be had gives the value ``nan``, no error; shapes that differ, or an
     option outside its range, raise ``InvalidArgumentError``.
@@ -150,6 +153,7 @@ def noise_scale(
     require(half_life > 0, "half_life", half_life, "pass a number of steps above 0")
     require(0 < confidence < 1, "confidence", confidence, "pass a probability between 0 and 1")
     require(0 <= coverage <= 1, "coverage", coverage, "pass a fraction from 0 to 1")
+    require(0 <= decay < 1, "decay", decay, "pass what a buffer keeps, from 0 to below 1")
 
     used = np.isfinite(samples) & np.isfinite(tr) & np.isfinite(sq) & (samples >= 2)
     steps = int(used.sum())
@@ -169,7 +173,7 @@ def noise_scale(
         top, bottom = (max(float(m), 0.0) for m in mean)
         numerator, denominator = (float(s) for s in scale)
         value = _ratio(top, bottom) * numerator / denominator
-        covariance, freedom = mean_covariance(series, weights)
+        covariance, freedom = mean_covariance(series, weights, (0.0, decay))
         if freedom:
             critical = critical_value(freedom, confidence)
             low, high = _fieller(top, bottom, covariance, critical)
@@ -206,8 +210,14 @@ def samples_ratio(batch_size: float, noise: float) -> float:
     return 1.0 + _ratio(batch_size, noise)
 
 
-def mean_covariance(series: Array, weights: Array) -> tuple[Array, int]:
+def mean_covariance(
+    series: Array, weights: Array, decays: tuple[float, float] = (0.0, 0.0)
+) -> tuple[Array, int]:
     """(2, 2) covariance of the weighted mean of a (K, 2) series, and its degrees of freedom.
+
+    `decays`: what each column is known to keep from step to step. Over a run that is not many times that
+    memory the scatter of slow cosines would fall short; what is new in a step is nearly independent, and its
+    scatter over ``1 - decay`` is that of the mean (prewhitening: Andrews and Monahan, Econometrica 60, 1992).
 
     Robust to autocorrelation: the equal-weighted cosine estimator of Lazarus, Lewis, Stock and
     Watson (J. Bus. Econ. Stat. 36, 2018). Only slow cosines carry the scatter that a long mean
@@ -224,6 +234,10 @@ def mean_covariance(series: Array, weights: Array) -> tuple[Array, int]:
     if steps < FEWEST_STEPS:
         return np.zeros((2, 2)), 0
     residual = series - weights @ series
+    new = 1 - np.array(decays)
+    if any(decays):
+        residual, weights = residual[1:] - decays * residual[:-1], weights[1:] / weights[1:].sum()
+        square = weights @ weights
     correlation = _lag_one(residual * np.sqrt(weights)[:, None])
     independent = steps * (1 - correlation) / (1 + correlation)
     rule = max(2, round(0.4 * independent ** (2 / 3)))
@@ -237,7 +251,7 @@ def mean_covariance(series: Array, weights: Array) -> tuple[Array, int]:
     if size > 1e-12 * len(weights):  # zero for equal weights, where nothing is left to remove
         scatter = scatter - np.outer(constant, constant @ scatter) / size
         cosines -= 1
-    return square * (scatter.T @ scatter) / cosines, cosines
+    return square * (scatter.T @ scatter) / np.outer(new, new) / cosines, cosines
 
 
 def critical_value(freedom: int, confidence: float) -> float:

@@ -30,6 +30,7 @@ __all__ = ["BufferWeights", "Freshness", "MomentumStep", "compare", "momentum_gr
 
 TOLERANCE = 1e-4  # of the recursion, against the sizes of its terms
 FADED = 1e-2  # what may be left of a buffer's unknown past
+FILLED = 1 - math.exp(-1)  # of its final weight, from which on a buffer is an average over its memory
 STALE = 0.1  # a difference between buffer and single steps that matters, as a share of |G|²
 BOUND = 2.0  # |G|² may be this many times the buffer's, where the buffer is to be used
 
@@ -64,7 +65,11 @@ class BufferWeights:
     last: tuple[float | None, ...] | None = None  # the MomentumStep before
 
     def follow(self, step: MomentumStep) -> tuple[float, float]:
-        """Take in a step. Returns (|G|² by the buffer, by the inner product); NaN where not known."""
+        """Take in a step. Returns (|G|² by the buffer, by the inner product); NaN where not known.
+
+        Nor in a buffer's first ``1/(1 − β)`` steps: averages of a few steps scatter most, and what they
+        hold is in the later ones too.
+        """
         before = None if self.last is None else MomentumStep(*self.last)  # type: ignore[arg-type]
         self.last = tuple(step)
         if step.buffer_sq_norm is None:
@@ -79,7 +84,8 @@ class BufferWeights:
         elif step.buffer_sq_norm != before.buffer_sq_norm:  # else the step was left out
             self.total, self.noise, self.unknown = 0.0, 0.0, 1.0
             self.breaks += 1
-        if self.unknown > FADED or self.total <= 0:
+        filled = self.total * (1 - step.decay) >= FILLED * step.entry
+        if self.unknown > FADED or self.total <= 0 or not filled:
             return math.nan, math.nan
         noise = self.noise / self.total**2
         own = step.buffer_sq_norm / self.total**2 - noise * step.tr_sigma

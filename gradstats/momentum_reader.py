@@ -125,7 +125,10 @@ class MomentumReader:
         memory = {"half_life": options.half_life, "confidence": options.confidence}
         seen = compare(self._found, single, **memory)
         if seen.stale is False:
-            found = noise_scale(counts, traces, self._found, coverage=noise.coverage, **memory)
+            decay = self._settings()[0]
+            found = noise_scale(
+                counts, traces, self._found, coverage=noise.coverage, decay=decay, **memory
+            )
             note = f"single steps leave room for {readable(max(seen.bound, 1.0))} times that"
             return replace(found, note=f"|G|² from the optimizer's momentum buffer ({note})")
         broken = self._weights.breaks
