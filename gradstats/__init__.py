@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gradstats import backends, collective_cost, loggers, optim, schedulers
     from gradstats.advice import recommend
     from gradstats.batch_advice import BatchSizeAdvice
+    from gradstats.cadence import Budget
     from gradstats.checking import check
     from gradstats.comparison import Comparison, compare
     from gradstats.estimators import NoiseScale
@@ -47,6 +48,7 @@ _LAZY = {
     "NoiseScale": "estimators",
     "BatchSizeAdvice": "batch_advice",
     "recommend": "advice",
+    "Budget": "cadence",
     "Curvature": "hessian",
     "check": "checking",
     "curvature": "hessian",
@@ -71,6 +73,7 @@ __all__ = [
     "BatchScaling",
     "BatchSizeAdvice",
     "BatchSizeScheduler",
+    "Budget",
     "CaptureError",
     "CheckReport",
     "Comparison",

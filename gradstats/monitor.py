@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gradstats import advice, estimators
-from gradstats.cadence import Every, measures
+from gradstats.agreement import decide_on_first_rank
+from gradstats.cadence import Every, cadence_of
 from gradstats.calls import require_no_capture
-from gradstats.distributed import unwrapped
+from gradstats.distributed import group_of, unwrapped
 from gradstats.errors import GradStatsError, InvalidArgumentError, NoStatisticsError
 from gradstats.geometry import Geometry
 from gradstats.hessian import Curvature, curvature
@@ -77,6 +79,7 @@ def attach(
         every: measure one step out of `every`; the others cost nothing. "sparse": all of the first 32
             steps, then 32 in each doubling of their number, down to one out of 64: for following a noise
             scale that grows as a training goes on, with a short `half_life`, at next to no cost.
+            `gradstats.Budget(share)`: as often as that share of the training's time pays for, as timed.
         moments: also the elementwise variance of each weight's gradient (`GradStats.grad_var`), at
             one tensor of the weight's size each.
         per_layer: keep the statistics of each parameter in the record.
@@ -148,12 +151,18 @@ class Monitor:
     """Statistics of one model's gradients; made by `attach`."""
 
     def __init__(self, model: nn.Module, options: Options) -> None:
-        self.every = options.every
         self._options = options
         self._model = unwrapped(model)
         self._momentum = MomentumReader(model, options) if options.from_momentum else None
         self._geometry = Geometry(model, options) if options.geometry else None
         self._source = SOURCES[options.method](model, options)
+        self._cadence = cadence_of(
+            options.every,
+            next(self._model.parameters()).device,
+            partial(decide_on_first_rank, group=group_of(model, options.process_group))
+            if self._source.size > 1
+            else None,
+        )
         self._attached = True
         self._steps = 0
         self._series = Series()
@@ -241,8 +250,8 @@ class Monitor:
         return self._source.samples(ids, num_samples, cu_seqlens, mask)
 
     def _next(self, stats: GradStats | None) -> GradStats | None:
+        self._source.enabled = self._cadence.after(self._steps, self._source.enabled)
         self._steps += 1
-        self._source.enabled = measures(self._steps, self.every)
         if stats is not None:  # not the record itself, which may hold a tensor for every weight
             self._last_coverage = stats.coverage
             self._last_batches = (*self._last_batches[-1:], stats.samples)
@@ -396,6 +405,7 @@ class Monitor:
         return {
             "version": 1,
             "steps": self._steps,
+            "cadence": self._cadence.state_dict(),
             **self._series.state_dict(),
             "coverage": self._coverage(),
             "batch_size": self.batch_size,
@@ -438,7 +448,7 @@ class Monitor:
         if self._geometry is not None and state.get("geometry") is not None:
             self._geometry.load_state_dict(state["geometry"])
         self._steps = state["steps"]
-        self._source.enabled = measures(self._steps, self.every)
+        self._source.enabled = self._cadence.load_state_dict(self._steps, state.get("cadence"))
         self._last_coverage = float(state["coverage"])
         self._last_batches = () if state["batch_size"] is None else (state["batch_size"],)
 

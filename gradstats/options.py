@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from gradstats import estimators
-from gradstats.cadence import Every
+from gradstats.cadence import Budget, Every
 from gradstats.errors import InvalidArgumentError
 from gradstats.loss_scale import LossScale
 
@@ -48,7 +48,7 @@ class Options:
         _one_of("loss_reduction", self.loss_reduction, ("mean", "sum"))
         if isinstance(self.every, str):
             _one_of("every", self.every, ("sparse",))
-        else:
+        elif not isinstance(self.every, Budget):
             at_least("every", self.every, 1)
         at_least("batch_dim", self.batch_dim, 0)
         _one_of("sample", self.sample, ("example", "token"))

@@ -95,3 +95,21 @@ def shards_are_left_as_they_were(rank: int, world: int) -> None:
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2))
     timing, _ = measured(model, fully_shard(model), rank)
     assert all(other == timing for other in everywhere(timing))
+
+
+@case()
+def a_budget_measures_the_same_steps_on_all_ranks(rank: int, world: int) -> list[int]:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(5, 3))
+    monitor = gradstats.attach(model, every=gradstats.Budget(1.0))
+    found = []
+    for step in range(100):
+        monitor._cadence._costs.extend([2.5 + 50 * rank] * 9)  # the first one's: one step in three
+        model.zero_grad()
+        model(torch.randn(2, 5)).square().mean().backward()
+        if monitor.step() is not None:
+            found.append(step)
+    monitor.detach()
+    assert everywhere(found) == [found] * world
+    assert found == [*range(16), *range(17, 48, 2), *range(50, 100, 3)]
+    return found

@@ -96,7 +96,8 @@ EDGES = {
     "momentum_reader": {
         "distributed", "errors", "estimators", "momentum", "options", "series", "stats",
     },
-    "cadence": set(),
+    "agreement": {"errors"},
+    "cadence": {"errors"},
     "options": {"cadence", "errors", "estimators", "loss_scale"},
     "source": {"estimators", "stats"},
     "per_sample": {
@@ -119,8 +120,8 @@ EDGES = {
         "comm_hooks", "distributed", "errors", "options", "part_source", "parts", "record", "stats",
     },
     "monitor": {
-        "advice", "cadence", "calls", "distributed", "errors", "estimators", "geometry", "hessian",
-        "layouts", "micro_batch", "momentum_reader", "norm_layers", "options", "per_sample",
+        "advice", "agreement", "cadence", "calls", "distributed", "errors", "estimators", "geometry",
+        "hessian", "layouts", "micro_batch", "momentum_reader", "norm_layers", "options", "per_sample",
         "rank_means", "series", "source", "stats",
     },
     "rates": {"estimators"},
@@ -129,7 +130,7 @@ EDGES = {
     "plan": set(),
     "loader": {"errors", "estimators", "plan"},
     "grouped_loader": {"batches", "errors", "estimators", "loader"},
-    "schedulers": {"advice", "errors", "estimators", "rates", "scaling", "schedulers"},
+    "schedulers": {"advice", "agreement", "errors", "estimators", "rates", "scaling", "schedulers"},
     "optim": {"errors", "estimators", "optim", "stats"},
     "report": set(),
     "batches": set(),

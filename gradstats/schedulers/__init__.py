@@ -1,6 +1,6 @@
 """Batch-size schedulers: policies as pure functions, and the class that carries them out."""
 
-from gradstats.schedulers.agreement import decide_on_first_rank
+from gradstats.agreement import decide_on_first_rank
 from gradstats.schedulers.policies import (
     Policy,
     Seen,

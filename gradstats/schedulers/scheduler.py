@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from gradstats.agreement import decide_on_first_rank
 from gradstats.errors import InvalidArgumentError
 from gradstats.estimators import NoiseScale, require, whole
 from gradstats.scaling import BatchScaling
-from gradstats.schedulers.agreement import decide_on_first_rank
 from gradstats.schedulers.policies import Policy, Seen
 
 __all__ = ["BatchSizeChange", "BatchSizeScheduler"]
