@@ -86,7 +86,9 @@ EDGES = {
     "distributed": {"calls", "errors", "interpose", "record"},
     "series": {"stats"},
     "tokens": {"calls", "errors", "grouping", "interpose", "layout", "probes", "rules"},
-    "install": {"backends", "distributed", "errors", "fallback", "interpose", "probes", "shortcuts", "tokens"},
+    "install": {
+        "backends", "distributed", "errors", "fallback", "interpose", "probes", "shortcuts", "tokens",
+    },
     "moments": {"distributed", "interpose", "record"},
     "order": {"errors", "probes"},
     "self_check": {"errors", "ops", "probes", "reference"},
