@@ -74,9 +74,11 @@ EDGES = {
     "uses": {"calls", "errors", "grouping", "layout", "probes", "rules"},
     "tracing": set(),
     "shortcuts": {"backends", "ops", "probes"},
+    "passes": {"calls", "errors", "grouping", "probes", "tracing"},
     "interpose": {
         "backends",
-        "calls", "errors", "grouping", "layout", "ops", "probes", "rules", "shortcuts",
+        "calls", "errors", "grouping", "layout", "ops",
+        "passes", "probes", "rules", "shortcuts",
         "tracing", "uses",
     },
     "alike": set(),
