@@ -24,7 +24,8 @@ _TRANSPARENT = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 
 def _entered_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     interposer, path, original, shortcut = self.__dict__[ENTRY]
-    if interposer is None:  # a copy of an attached model, or one that was pickled
+    # A copy of an attached model, one that was pickled, or a step that is left out.
+    if interposer is None or not (interposer.enabled or interposer.recorder):
         return original(*args, **kwargs)
     if shortcut is not None and len(args) == 1 and not kwargs and not is_dynamo_compiling():
         out = shortcut(*args)
@@ -35,8 +36,15 @@ def _entered_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _bare_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Of a module that the interposer need not know of."""
-    _, _, original, shortcut = self.__dict__[ENTRY]
-    if shortcut is not None and len(args) == 1 and not kwargs and not is_dynamo_compiling():
+    interposer, _, original, shortcut = self.__dict__[ENTRY]
+    measures = interposer is not None and interposer.enabled
+    if (
+        measures
+        and shortcut is not None
+        and len(args) == 1
+        and not kwargs
+        and not is_dynamo_compiling()
+    ):
         out = shortcut(original, *args)
         if out is not None:
             return out

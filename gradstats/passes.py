@@ -54,16 +54,18 @@ class Passes:
 
     def _leaf(self, batch: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A leaf for the statistics of a pass, and its rows: a new one, or one that nobody holds."""
-        known = None
-        if self.shortcuts is not None and self.counted is None:
-            known = self.shortcuts.take_leaf(batch + 1)
+        pooled = self.shortcuts if self.counted is None else None
+        known = None if pooled is None else pooled.take_leaf(batch + 1)
         if known is not None:
-            return known  # type: ignore[no-any-return]
+            earlier = [p for p in self._passes if p.leaf is known[0]]  # whose graph is gone
+            if not any(p.skipped for p in earlier):  # or is made when a checkpoint recomputes
+                self._passes = [p for p in self._passes if p not in earlier]
+                return known  # type: ignore[no-any-return]
         leaf = new_leaf(len(self.index), batch, self.dtype, self.device)
         leaf.register_post_accumulate_grad_hook(self.ledger.hook(self.counted))
         rows = leaf.unbind(0)
-        if self.shortcuts is not None and self.counted is None:
-            self.shortcuts.keep_leaf(leaf, rows)
+        if pooled is not None:
+            pooled.keep_leaf(leaf, rows)
         return leaf, rows
 
     def _reopen(self, path: str, args: Any, kwargs: Any) -> Pass:

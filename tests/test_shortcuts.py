@@ -208,6 +208,40 @@ def test_a_leaf_is_used_again_once_its_graph_is_gone(model) -> None:
         assert monitor.step().coverage.fraction == 1
 
 
+def test_forwards_without_a_backward_are_forgotten(model) -> None:
+    with gradstats.attach(model) as monitor:
+        for _ in range(20):
+            model(torch.randn(6, 5))
+        assert len(monitor._source.interposer._passes) == 1
+
+
+def test_a_leaf_waits_for_a_checkpoint_that_recomputes(model) -> None:
+    """Nothing of the first forward holds its rows before the backward."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x):  # type: ignore[no-untyped-def]
+            return checkpoint(self.parts, x, use_reentrant=True)
+
+    x = torch.randn(6, 5, requires_grad=True)
+    outer = Checkpointed()
+    with gradstats.attach(outer) as monitor:
+        first = outer(x)
+        leaf = monitor._source.interposer._passes[-1].leaf
+        second = outer(torch.randn(4, 5, requires_grad=True))
+        third = outer(x)
+        assert all(p.leaf is not leaf for p in monitor._source.interposer._passes[1:])
+        del third
+        with pytest.raises(gradstats.UnsupportedLayerError, match="could be the one it belongs to"):
+            first.sum().backward()
+        del first
+        second.sum().backward()
+        assert monitor.step().num_samples == 4
+
+
 def test_a_graph_that_runs_twice_is_not_taken_for_the_next_one(model) -> None:
     x = torch.randn(6, 5)
     with gradstats.attach(model) as monitor:
