@@ -252,7 +252,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def owner_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     """Where a parameter sits, whatever object is there: the dict and its key."""
     path, _, key = name.rpartition(".")
-    return model.get_submodule(path)._parameters, key  # type: ignore[return-value]
+    return model.get_submodule(path)._parameters, key
 
 
 def initialised() -> bool:
@@ -352,7 +352,7 @@ def all_gather(every: Tensor, own: Tensor, group: Any) -> None:
 
 def whole(grad: Tensor) -> Tensor:
     """The whole gradient, gathered from the ranks where it is sharded."""
-    return grad.full_tensor() if _sharded(grad) else grad  # type: ignore[attr-defined, no-any-return]
+    return grad.full_tensor() if _sharded(grad) else grad  # type: ignore[attr-defined]
 
 
 def _sharded(tensor: Tensor) -> bool:

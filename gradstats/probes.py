@@ -228,7 +228,7 @@ class Ledger:
     def at_the_end(callback: Callable[[], None] | None) -> None:
         """Run it when the backward that runs is over."""
         if callback is not None:
-            torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(callback)
 
     def take(self) -> list[Delivery]:
         """Everything delivered since the last call. Also frees the leaves for what comes later."""

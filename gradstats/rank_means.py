@@ -86,7 +86,7 @@ class RankMeans(PartSource):
             )
         self._calls.append(call)
         # The averaging ends in a callback too, that is queued later than this one.
-        queue = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
+        queue = torch.autograd.Variable._execution_engine.queue_callback
         queue(lambda: queue(self._look))
 
     def _look(self) -> None:

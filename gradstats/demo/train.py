@@ -107,7 +107,7 @@ def train(
     try:
         for step in range(1, steps + 1):
             loss = loss_of(task.model, task.draw(batch_size, generator))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             stats = monitor.step()
             task.optimizer.step()
             task.optimizer.zero_grad()
@@ -140,7 +140,7 @@ def time_steps(task: Task, batch_size: int) -> gradstats.StepTime:
     generator = torch.Generator().manual_seed(0)
 
     def step(size: int, _: int) -> None:
-        loss_of(task.model, task.draw(size, generator)).backward()  # type: ignore[no-untyped-call]
+        loss_of(task.model, task.draw(size, generator)).backward()
         task.optimizer.step()
         task.optimizer.zero_grad()
 

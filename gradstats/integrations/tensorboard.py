@@ -27,7 +27,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._own = writer is None
-        self.writer = SummaryWriter(log_dir) if writer is None else writer  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(log_dir) if writer is None else writer
         self._prefix = prefix
 
     def __call__(self, row: Row, step: int) -> None:

@@ -161,7 +161,7 @@ class AdaScale(torch.optim.Optimizer):
         self.param_groups[0]["estimates"] = estimates
         return due
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step at the gain of the statistics last observed (1 before any)."""
         loss = None
         if closure is not None:

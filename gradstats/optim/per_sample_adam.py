@@ -130,7 +130,7 @@ class PerSampleAdam(torch.optim.Optimizer):
             stats = None
         self._stats = stats
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Waits for nothing.
 
         Raises:

@@ -106,7 +106,7 @@ def recurrent(use: Use, func: Callable[..., Any], input: Tensor, *args: Any) -> 
     hx, weights, biases, layers, dropout, training, both, batch_first = args
     start = tuple(hx) if func is torch.lstm else (hx,)
     if func is torch.lstm or input.is_cuda:  # elsewhere autocast casts the products alone
-        start = autocast(*start)  # type: ignore[assignment]
+        start = autocast(*start)
     each = 4 if biases else 2
     x = input.transpose(0, 1) if batch_first else input
     served = use.tracked(*weights) and input.dim() == 3 and x.shape[1] == use.batch

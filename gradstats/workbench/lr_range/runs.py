@@ -125,7 +125,7 @@ class Runs:
 
         self.count += 1
         if self._closure:  # as LBFGS, which evaluates the loss itself, and more than once
-            return float(self.optimizer.step(closure))  # type: ignore[arg-type]
+            return float(self.optimizer.step(closure))
         loss = closure()
         self.optimizer.step()
         return loss

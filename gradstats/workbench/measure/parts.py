@@ -162,7 +162,7 @@ class Run:
         loss = torch.zeros((), device=self.workload.device)
         for batch in parts:
             own = self.workload.loss(batch) / len(parts)
-            own.backward()  # type: ignore[no-untyped-call]
+            own.backward()
             loss = loss + own.detach()
         stats = None if monitor is None else monitor.step()
         if not self.settings.frozen:

@@ -74,7 +74,7 @@ def _measurable(workload: Workload) -> tuple[float, str | None]:
     workload.model.train()
     try:
         with gradstats.attach(workload.model) as monitor:
-            workload.loss(batch).backward()  # type: ignore[no-untyped-call]
+            workload.loss(batch).backward()
             stats = monitor.step()
             assert stats is not None
             fraction = stats.coverage.fraction

@@ -264,7 +264,7 @@ def hessian_product(
 def flat(tensors: list[Tensor]) -> Array:
     """All entries, (n,) float64."""
     joined = torch.cat([t.detach().flatten().double() for t in tensors])
-    return joined.cpu().numpy()  # type: ignore[no-any-return]
+    return joined.cpu().numpy()
 
 
 def split(vector: Array, params: list[Tensor]) -> list[Tensor]:

@@ -179,7 +179,7 @@ def _gradient(
     workload.model.zero_grad()
     for _ in range(size // micro):
         batch = workload.take(generator.integers(workload.num_samples, size=micro).tolist())
-        (workload.loss(batch) * (micro / size)).backward()  # type: ignore[no-untyped-call]
+        (workload.loss(batch) * (micro / size)).backward()
     stats = None if monitor is None else monitor.step()
     grads = [
         p.grad.detach().flatten().double()
