@@ -39,8 +39,12 @@ def results(tmp_path_factory):
                 command = [sys.executable, str(RANKS), str(rank), str(world), str(place)]
                 with (place / f"{rank}.log").open("w") as log:
                     runs.append(subprocess.Popen(command, stdout=log, stderr=log, env=env))
-            for rank, run in enumerate(runs):
-                assert run.wait(timeout=300) == 0, (place / f"{rank}.log").read_text()[-2000:]
+            try:
+                for rank, run in enumerate(runs):
+                    assert run.wait(timeout=900) == 0, (place / f"{rank}.log").read_text()[-2000:]
+            finally:
+                for run in runs:
+                    run.kill()
             kept[world] = [json.loads((place / f"{r}.json").read_text()) for r in range(world)]
         return kept[world]
 
