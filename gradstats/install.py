@@ -27,7 +27,7 @@ def _entered_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     # A copy of an attached model, one that was pickled, or a step that is left out.
     if interposer is None or not (interposer.enabled or interposer.recorder):
         return original(*args, **kwargs)
-    if shortcut is not None and len(args) == 1 and not kwargs and not is_dynamo_compiling():
+    if shortcut is not None and _is_plain_call(args, kwargs):
         out = shortcut(*args)
         if out is not None:
             return out
@@ -37,18 +37,15 @@ def _entered_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _bare_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Of a module that the interposer need not know of."""
     interposer, _, original, shortcut = self.__dict__[ENTRY]
-    measures = interposer is not None and interposer.enabled
-    if (
-        measures
-        and shortcut is not None
-        and len(args) == 1
-        and not kwargs
-        and not is_dynamo_compiling()
-    ):
+    if interposer is not None and interposer.enabled and _is_plain_call(args, kwargs):
         out = shortcut(original, *args)
         if out is not None:
             return out
     return original(*args, **kwargs)
+
+
+def _is_plain_call(args: Any, kwargs: Any) -> bool:
+    return len(args) == 1 and not kwargs and not is_dynamo_compiling()
 
 
 for _forward in (_entered_forward, _bare_forward):

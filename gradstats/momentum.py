@@ -30,9 +30,8 @@ __all__ = ["BufferWeights", "Freshness", "MomentumStep", "compare", "momentum_gr
 
 TOLERANCE = 1e-4  # of the recursion, against the sizes of its terms
 FADED = 1e-2  # what may be left of a buffer's unknown past
-FILLED = 1 - math.exp(
-    -1
-)  # of its final weight, from which on a buffer is an average over its memory
+# Of its final weight, from which on a buffer is an average over its memory.
+FILLED = 1 - math.exp(-1)
 STALE = 0.1  # a difference between buffer and single steps that matters, as a share of |G|²
 BOUND = 2.0  # |G|² may be this many times the buffer's, where the buffer is to be used
 
