@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import gpu_hopper
+import gpu_schedules
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,6 +104,7 @@ def linear_cases(device: str, dtype: torch.dtype, small: bool) -> Iterator[Case]
         name = f"linear B={b} T={t} I={i} O={o}"
         runs = {"dW alone": alone, "norms": norms, "norms+moments": moments}
         runs |= gpu_hopper.variants(name, make, device, dtype, FEW, BF16_TOLERANCE)
+        runs |= gpu_schedules.variants(name, make, device, dtype)
         limits = {"norms": limit, "norms+moments": 1.25}
         limits |= {gpu_hopper.NAMES[False]: limit, gpu_hopper.NAMES[True]: 1.25}
         calls = shared(make, runs)

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradstats.kernels import _common, sample_sums
+from gradstats.kernels import _common
 from gradstats.kernels._common import cdiv
+from gradstats.kernels.conv_config import Split
 from gradstats.kernels.conv_layout import Geometry, arguments, channels_last, first_tap, inside
+from gradstats.kernels.conv_split import run_split
 from gradstats.kernels.sample_sums import add_sample
 
 TAPS, CHANNELS, POSITIONS = 4, 32, 16  # of a program at a time
@@ -27,7 +29,7 @@ def _depthwise_kernel(
     dil_d, dil_h, dil_w, kernel_h, kernel_w, out_h, out_w, magic_h, shift_h, magic_w, shift_w,
     x_b, x_d, x_h, x_w, x_c, g_b, g_s, g_o, tiles_k,
     TAPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, STAGES: tl.constexpr,
-    DIMS: tl.constexpr, MOMENTS: tl.constexpr, WHOLE: tl.constexpr,
+    DIMS: tl.constexpr, MOMENTS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """C_b[tap, o] = Σ_s g_bs[o] x_b[s·stride − pad + tap·dil, o // per_group] for some taps and
     channels, over the samples of one split or a part of one sample: slab[b, tile] = Σ C_b²,
@@ -81,11 +83,14 @@ def _depthwise_kernel(
         acc += x_rows.to(tl.float32) * g_rows.to(tl.float32)[None, :, :]
         if s0 + POSITIONS >= last_s:
             c = tl.sum(acc, axis=1)
-            if WHOLE:
+            if not PARTS:
                 tl.store(slab + sample * tl.num_programs(0) + tile, tl.sum(c * c))
             total, spread = add_sample(c, total, spread, done.to(tl.float32), MOMENTS)
             acc = tl.zeros((TAPS, POSITIONS, CHANNELS), dtype=tl.float32)
-    out = split.to(tl.int64) * len_o * taps + o.to(tl.int64)[None, :] * taps + tap[:, None]
+    slot = split
+    if PARTS:
+        slot += split // parts  # one is left out after every sample, as sample_sums counts
+    out = slot.to(tl.int64) * len_o * taps + o.to(tl.int64)[None, :] * taps + tap[:, None]
     mask = in_o[None, :] & (tap < taps)[:, None]
     tl.store(dw + out, total.to(dw.dtype.element_ty), mask=mask)
     if MOMENTS:
@@ -116,5 +121,4 @@ def weight_stats(
     splits = min(batch, wanted)
     parts = min(wanted // batch, cdiv(len_s, 4 * POSITIONS)) if splits == batch else 1
     dw = x.new_empty(len_o, 1, *geometry.kernel)
-    w = sample_sums.walk(batch, len_s, splits, parts, POSITIONS)
-    return sample_sums.run(w, batch, tiles, dw, moments, first)
+    return run_split(first, dw, tiles, batch, len_s, moments, Split(splits, parts), POSITIONS)

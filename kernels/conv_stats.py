@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradstats.kernels import _common, conv_depthwise, conv_gram, sample_sums
+from gradstats.kernels import _common, conv_depthwise, conv_gram
 from gradstats.kernels._common import cdiv
+from gradstats.kernels.conv_config import Split, conv_config
 from gradstats.kernels.conv_layout import (
     Geometry,
     arguments,
@@ -29,7 +30,8 @@ from gradstats.kernels.conv_layout import (
     patches,
     three,
 )  # fmt: skip
-from gradstats.kernels.linear_config import Config, conv_config
+from gradstats.kernels.conv_split import run_split
+from gradstats.kernels.linear_config import Config
 from gradstats.kernels.linear_short import dot
 from gradstats.kernels.linear_stats import linear_stats
 from gradstats.kernels.sample_sums import add_sample
@@ -45,7 +47,7 @@ def _conv_kernel(
     dil_d, dil_h, dil_w, kernel_h, kernel_w, out_h, out_w, magic_h, shift_h, magic_w, shift_w,
     x_b, x_d, x_h, x_w, x_group, g_b, g_s, g_o, g_group, wide_c, wide_o, tiles_o, tiles_n,
     BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CHANNELS: tl.constexpr,
-    UNIT: tl.constexpr, FULL: tl.constexpr, DIMS: tl.constexpr, MOMENTS: tl.constexpr, WHOLE: tl.constexpr,
+    UNIT: tl.constexpr, FULL: tl.constexpr, DIMS: tl.constexpr, MOMENTS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One tile of dW over the samples of one split, in order, or over a part of one sample.
 
@@ -126,12 +128,15 @@ def _conv_kernel(
         if s0 + BLOCK_S >= last_s:  # acc is this sample's G_b, or a part of it
             total, spread = add_sample(acc, total, spread, done.to(tl.float32), MOMENTS)
             # Last, as in linear_stats: fewer registers are taken.
-            if WHOLE:
+            if not PARTS:
                 tl.store(slab + sample * num_tiles + tile, tl.sum(acc * acc))
             acc = tl.zeros((BLOCK_O, BLOCK_N), dtype=tl.float32)
 
     size = (num_tiles // (tiles_o * tiles_n) * len_o).to(tl.int64) * len_c * taps
-    corner = split * size + (group * len_o + tile_o * BLOCK_O).to(tl.int64) * len_c * taps
+    slot = split
+    if PARTS:
+        slot += split // parts  # one is left out after every sample, as sample_sums counts
+    corner = slot * size + (group * len_o + tile_o * BLOCK_O).to(tl.int64) * len_c * taps
     out = tl.arange(0, BLOCK_O)[:, None] * (len_c * taps) + (offs_c * taps + tap)[None, :]
     mask = (offs_o < len_o)[:, None] & ((offs_c < len_c) & (tap < taps))[None, :]
     tl.store(dw + corner + out, total.to(dw.dtype.element_ty), mask=mask)
@@ -140,7 +145,7 @@ def _conv_kernel(
 
 
 def _fused(
-    x: Tensor, g: Tensor, geometry: Geometry, moments: bool, c: Config, channels: int
+    x: Tensor, g: Tensor, geometry: Geometry, moments: bool, c: Config, split: Split, channels: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dW, squared norms and m2 in one pass over the samples."""
     groups, len_c, len_o = geometry.groups, x.shape[1] // geometry.groups, g.shape[1]
@@ -170,8 +175,8 @@ def _fused(
         _common.launch(_conv_kernel, grid, {**args, **outputs}, c.num_warps, c.num_stages)
 
     dw = x.new_empty(groups * len_o, len_c, *geometry.kernel)
-    w = sample_sums.walk(x.shape[0], rows.shape[1], c.splits, c.parts, c.block_t)
-    return sample_sums.run(w, x.shape[0], groups * tiles_o * tiles_n, dw, moments, first)
+    tiles = groups * tiles_o * tiles_n
+    return run_split(first, dw, tiles, x.shape[0], rows.shape[1], moments, split, c.block_t)
 
 
 def weight_stats(
@@ -187,12 +192,12 @@ def weight_stats(
     if x.shape[1] == geometry.groups > 1:
         return conv_depthwise.weight_stats(x, g, geometry, moments)
     plan = (x.shape[0], prod(out), x.shape[1] // geometry.groups, g.shape[1] // geometry.groups)
-    c, channels = conv_config(
+    c, split, channels = conv_config(
         *plan, geometry.taps, geometry.groups, x.dtype, moments, *_common.planned_for(x)
     )
     if c.path == "gram":
         return conv_gram.weight_stats(x, g, geometry, c)
-    return _fused(x, g, geometry, moments, c, channels)
+    return _fused(x, g, geometry, moments, c, split, channels)
 
 
 def conv_stats(

@@ -1,6 +1,6 @@
 """What kernels that walk over samples share: adding a sample, and joining what programs summed.
 
-A program walks the samples of one split. Where there are too few of them to fill the card, several
+A program has some of a tile's samples. Where there are too few of them to fill the card, several
 programs share a sample instead, each with a part of its positions; the sample's contribution exists
 only when its parts are added, so the second kernel takes the squares then. All orders are fixed.
 """
@@ -17,9 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from gradstats.kernels import _common
-from gradstats.kernels._common import cdiv
+from gradstats.kernels._common import cdiv, next_power_of_2
 
 BLOCK = 1024
+
+
+@triton.jit
+def corner(tile, len_o, len_i, block_o, block_i):
+    """First row and column of a tile. Neighbours share rows of g and of x, found in L2 then."""
+    tiles_i = tl.cdiv(len_i, block_i)
+    tiles_o = tl.cdiv(len_o, block_o)
+    row, column = tl.swizzle2d(tile // tiles_i, tile % tiles_i, tiles_o, tiles_i, 8)
+    return row * block_o, column * block_i
 
 
 @triton.jit
@@ -32,105 +41,123 @@ def add_sample(c, total, spread, n, MOMENTS: tl.constexpr):
 
 
 @triton.jit
+def _place(whole, width, rows, len_o, len_i, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(shared tile, offsets in its slots, offsets in the result, which of them exist)."""
+    shared = tl.program_id(1)
+    blocks = tl.cdiv(width, COLUMNS)
+    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    first_o, first_i = corner(whole + shared, len_o, len_i, rows, width)
+    inside = ((row < rows) & (first_o + row < len_o))[:, None]
+    inside &= ((column < width) & (first_i + column < len_i))[None, :]
+    in_slot = row.to(tl.int64)[:, None] * width + column[None, :]
+    out = (first_o + row).to(tl.int64)[:, None] * len_i + (first_i + column)[None, :]
+    return shared, in_slot, out, inside
+
+
+@triton.jit(do_not_specialize=["batch", "share", "whole"])
 def _merge_kernel(
-    sums, spreads, dw, m2, size, batch, per_split, splits,
-    MOMENTS: tl.constexpr, BLOCK: tl.constexpr,
+    sums, spreads, dw, m2, batch, share, whole, size, width, rows, len_o, len_i,
+    MOMENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Add the splits' sums in order; merge (n, sum, m2) by Chan, Golub & LeVeque (1979):
-    m2 = m2_a + m2_b + (mean_b − mean_a)²·n_a n_b/(n_a + n_b).
+    """Add what programs summed of a shared tile, in order; merge (n, sum, m2) by Chan, Golub &
+    LeVeque (1979): m2 = m2_a + m2_b + (mean_b − mean_a)²·n_a n_b/(n_a + n_b).
+
+    `share` samples of the row of shared tiles are a program's.
     """
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    total = tl.load(sums + at, mask=inside, other=0.0)
-    if MOMENTS:
-        spread = tl.load(spreads + at, mask=inside, other=0.0)
-    seen = tl.minimum(per_split, batch).to(tl.float32)
-    here = at
-    for s in range(1, splits):
-        here += size
+    shared, in_slot, out, inside = _place(whole, width, rows, len_o, len_i, ROWS, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    spread = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    first = shared * batch
+    last = first + batch
+    seen = 0.0
+    for program in range(first // share, tl.cdiv(last, share)):
+        n = tl.minimum((program + 1) * share, last) - tl.maximum(program * share, first)
+        n = n.to(tl.float32)
+        here = (program + shared).to(tl.int64) * size + in_slot
         more = tl.load(sums + here, mask=inside, other=0.0)
-        n = tl.minimum(per_split, batch - s * per_split).to(tl.float32)
         if MOMENTS:
-            d = more * (1.0 / n) - total * (1.0 / seen)
+            d = more * (1.0 / n) - total * (1.0 / tl.maximum(seen, 1.0))
             spread += tl.load(spreads + here, mask=inside, other=0.0)
             spread += d * (d * (seen * n / (seen + n)))
         total += more
         seen += n
-    tl.store(dw + at, total.to(dw.dtype.element_ty), mask=inside)
+    tl.store(dw + out, total.to(dw.dtype.element_ty), mask=inside)
     if MOMENTS:
-        tl.store(m2 + at, spread, mask=inside)
+        tl.store(m2 + out, spread, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "blocks", "share", "whole"])
 def _join_kernel(
-    sums, dw, m2, slab, size, batch, parts, MOMENTS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Add each sample's parts, square: slab[b, block] = Σ c_b², dw = Σ_b c_b, m2 by Welford."""
-    block = tl.program_id(0).to(tl.int64)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    spread = tl.zeros((BLOCK,), dtype=tl.float32)
-    here = sums + at
+    sums, dw, m2, slab, batch, blocks, share, whole, size, width, rows, len_o, len_i,
+    MOMENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Add each sample's parts, square: slab[b, block] = Σ c_b², dw = Σ_b c_b, m2 by Welford.
+
+    `share` of the row's blocks, `blocks` for every sample, are a program's.
+    """
+    shared, in_slot, out, inside = _place(whole, width, rows, len_o, len_i, ROWS, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    spread = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    column = shared * tl.num_programs(0) + tl.program_id(0)
+    columns = tl.num_programs(0) * tl.num_programs(1)
     n = 0.0
     for b in range(0, batch):
-        c = tl.zeros((BLOCK,), dtype=tl.float32)
-        for _ in range(0, parts):
-            c += tl.load(here, mask=inside, other=0.0)
-            here += size
-        tl.store(slab + b * tl.num_programs(0).to(tl.int64) + block, tl.sum(c * c))
+        sample = shared * batch + b  # in the row
+        c = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for program in range(sample * blocks // share, tl.cdiv((sample + 1) * blocks, share)):
+            here = (program + sample).to(tl.int64) * size + in_slot
+            c += tl.load(sums + here, mask=inside, other=0.0)
+        tl.store(slab + b * columns.to(tl.int64) + column, tl.sum(c * c))
         total, spread = add_sample(c, total, spread, n, MOMENTS)
         n += 1.0
-    tl.store(dw + at, total.to(dw.dtype.element_ty), mask=inside)
+    tl.store(dw + out, total.to(dw.dtype.element_ty), mask=inside)
     if MOMENTS:
-        tl.store(m2 + at, spread, mask=inside)
+        tl.store(m2 + out, spread, mask=inside)
 
 
 @dataclass(frozen=True)
-class Walk:
-    """Who takes which samples: `per_split` for each of `splits` programs, or a part of one each."""
+class Sharing:
+    """What is shared: the last `tiles` of a (len_o, len_i) matrix after `whole` ones, cut in slots.
 
-    per_split: int
-    splits: int
-    parts: int
-    per_part: int
+    The samples of these tiles are a row. A program has `share` of them; with `parts`, `share` of
+    the blocks in which every sample is cut.
+    """
 
-    @property
-    def programs(self) -> int:
-        return self.splits * self.parts
-
-
-def walk(batch: int, t: int, splits: int, parts: int, block_t: int) -> Walk:
-    """Every split has samples, every part positions, and only the last part a ragged end."""
-    if parts > 1:
-        per_part = cdiv(cdiv(t, parts), block_t) * block_t
-        return Walk(1, batch, cdiv(t, per_part), per_part)
-    per_split = cdiv(batch, splits)
-    return Walk(per_split, cdiv(batch, per_split), 1, t)
+    tiles: int
+    slots: int
+    share: int
+    whole: int
+    rows: int
+    width: int
+    len_o: int
+    len_i: int
+    parts: int = 0  # blocks of a sample; 0: samples are not cut
 
 
 def run(
-    w: Walk, batch: int, tiles: int, dw: Tensor, moments: bool,
-    first: Callable[[dict[str, Any], tuple[int, int]], None],
+    first: Callable[[dict[str, Any]], None], dw: Tensor, tiles: int, batch: int, moments: bool,
+    s: Sharing,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch `first` with its outputs and grid, then what joins them: (dw, sq_norm, m2)."""
+    """Launch `first` with its outputs, then what joins the slots: (dw, sq_norm, m2)."""
     f32 = {"dtype": torch.float32, "device": dw.device}
+    columns = min(next_power_of_2(s.width), BLOCK)
+    rows = BLOCK // columns
+    grid = (cdiv(s.rows, rows) * cdiv(s.width, columns), s.tiles)
     m2 = torch.empty(dw.shape if moments else (0,), **f32)
-    whole, size = w.parts == 1, dw.numel()
-    sums, spreads = dw, m2
-    if w.programs > 1:
-        sums = torch.empty(w.programs, size, **f32)
-        spreads = torch.empty((w.programs, size) if moments and whole else (0,), **f32)
-    slab = torch.empty(batch, tiles if whole else cdiv(size, BLOCK), **f32)
-    outputs = {"dw": sums, "m2": spreads, "slab": slab, "MOMENTS": moments and whole}
-    plan = {"batch": batch, "per_split": w.per_split, "parts": w.parts, "per_part": w.per_part}
-    first({**outputs, **plan, "WHOLE": whole}, (tiles, w.programs))
-    shared = {"sums": sums, "dw": dw, "m2": m2, "size": size, "batch": batch}
-    shared |= {"MOMENTS": moments, "BLOCK": BLOCK}
-    grid = (cdiv(size, BLOCK),)
-    if not whole:
-        _common.launch(_join_kernel, grid, {**shared, "slab": slab, "parts": w.parts}, 4)
-    elif w.splits > 1:
-        shared |= {"spreads": spreads, "per_split": w.per_split, "splits": w.splits}
-        _common.launch(_merge_kernel, grid, shared, 4)
+    size, both = s.rows * s.width, moments and not s.parts
+    sums = torch.empty(s.slots, size, **f32)
+    spreads = torch.empty((s.slots, size) if both else (0,), **f32)
+    slab = torch.empty(batch, grid[0] * grid[1] if s.parts else tiles, **f32)
+    first({"dw": dw, "m2": m2, "sums": sums, "spreads": spreads, "slab": slab, "MOMENTS": both,
+           "PARTS": bool(s.parts)})  # fmt: skip
+    args = {
+        "sums": sums, "dw": dw, "m2": m2, "batch": batch, "share": s.share, "whole": s.whole,
+        "size": size, "width": s.width, "rows": s.rows, "len_o": s.len_o, "len_i": s.len_i,
+        "MOMENTS": moments, "ROWS": rows, "COLUMNS": columns,
+    }  # fmt: skip
+    if s.parts:
+        _common.launch(_join_kernel, grid, {**args, "slab": slab, "blocks": s.parts}, 4)
+    elif s.tiles:
+        _common.launch(_merge_kernel, grid, {**args, "spreads": spreads}, 4)
     return dw, slab.sum(1), m2

@@ -65,12 +65,13 @@ def check_conv(case, dtype, moments):
 
 def fused(case, moments, tile, splits, parts, batch, monkeypatch):
     """Force the implicit GEMM, whatever would be cheaper."""
-    from gradstats.kernels import conv_stats, linear_config
+    from gradstats.kernels import conv_config, conv_stats, linear_config
 
     i, _, groups, *_ = CASES[case]
     channels = min(tile[1], linear_config.next_power_of_2(i // groups))
-    c = linear_config.Config("fused", *tile, 4, 1, splits, parts)
-    monkeypatch.setattr(conv_stats, "conv_config", lambda *_: (c, channels))
+    c = linear_config.Config("fused", *tile, 4, 1)
+    split = conv_config.Split(splits, parts)
+    monkeypatch.setattr(conv_stats, "conv_config", lambda *_: (c, split, channels))
     x, g = tensors(case, torch.float32, batch)
     return conv(case, x, g, True, False, moments)
 
@@ -91,7 +92,7 @@ def check_gram_agrees(case, monkeypatch):
 
     x, g = tensors(case, torch.float32)
     tile = linear_config.Config("gram", 0, 32, 16, 4, 1)
-    monkeypatch.setattr(conv_stats, "conv_config", lambda *_: (tile, 0))
+    monkeypatch.setattr(conv_stats, "conv_config", lambda *_: (tile, None, 0))
     conv(case, x, g, True, False, False)
 
 

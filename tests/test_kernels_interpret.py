@@ -51,33 +51,27 @@ def check_linear_layouts(t, layout, dtype):
 
 
 @pytest.mark.parametrize(
-    ("splits", "block"), [(1, (64, 64, 16)), (3, (64, 64, 16)), (5, (128, 64, 64))]
+    ("batch", "programs", "moments"),
+    [(3, 4, True), (2, 9, True), (1, 4, False), (3, 1, False), (2, 40, True)],  # for 6 tiles
 )
-def check_fused_splits(splits, block):
-    """Splits of unequal sizes, tiles that stick out."""
-    from gradstats.kernels import linear_config, linear_stats
+def check_schedules(batch, programs, moments, monkeypatch):
+    """More tiles than programs and fewer, samples and parts of samples shared; tiles stick out."""
+    from gradstats.kernels import _common, linear_config, linear_stats
+    from gradstats.kernels.schedule import schedules
 
-    x, g = random(7, 33, 70, dtype=torch.float32), random(7, 33, 130, dtype=torch.float32)
-    c = linear_config.Config("fused", *block, 4, 1, splits)
-    for moments in (False, True):
+    launched = []
+    launch = _common.launch
+    monkeypatch.setattr(_common, "launch", lambda *a: (launch(*a), launched.append(a[2])))
+    x, g = random(batch, 33, 35, dtype=torch.float32), random(batch, 33, 18, dtype=torch.float32)
+    dw, _, sq, _, m2, _ = reference.linear_stats(wide(x), wide(g), True, False, moments)
+    for schedule in schedules(programs, 6, batch, 3):
+        c = linear_config.Config("fused", 16, 16, 16, 4, 1, schedule=schedule)
         got = linear_stats.weight_stats(x, g, moments, c)
-        dw, _, sq, _, m2, _ = reference.linear_stats(wide(x), wide(g), True, False, moments)
         compare(got, (dw, sq, m2), x.dtype, "dw w_sq w_m2")
-        again = linear_stats.weight_stats(x, g, moments, c)
-        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-
-
-@pytest.mark.parametrize(("batch", "t", "parts"), [(1, 70, 4), (3, 70, 3), (2, 33, 2), (1, 16, 5)])
-def check_shared_samples(batch, t, parts):
-    """Long samples in parts: the square is of the whole, and the last part may be ragged."""
-    from gradstats.kernels import linear_config, linear_stats
-
-    x, g = random(batch, t, 70, dtype=torch.float32), random(batch, t, 130, dtype=torch.float32)
-    c = linear_config.Config("fused", 64, 64, 16, 4, 1, 1, parts)
-    for moments in (False, True):
-        got = linear_stats.weight_stats(x, g, moments, c)
-        dw, _, sq, _, m2, _ = reference.linear_stats(wide(x), wide(g), True, False, moments)
-        compare(got, (dw, sq, m2), x.dtype, "dw w_sq w_m2")
+        lists = (schedule.runs(p, 6, batch, 3) for p in range(programs))
+        slots = {run.slot for runs in lists for run in runs} - {None}
+        written = (~launched[-1]["sums"].isnan().any(1)).nonzero().flatten().tolist()
+        assert set(written) == slots  # the kernel does what the lists say
         again = linear_stats.weight_stats(x, g, moments, c)
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 

@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,11 +75,13 @@ def test_the_reader_sees_spills():
     assert build(launch, 90).spills
 
 
-@pytest.mark.parametrize(("arch", "opcode"), [(80, "HMMA"), (100, "UTCHMMA")])
-def test_other_architectures(arch, opcode):
+@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize(("arch", "opcode"), [(100, "UTCHMMA"), (120, "HMMA")])
+def test_other_architectures(arch, opcode, moments):
+    """The tile that fills the registers there; the others are in the table."""
     x = torch.empty(8, 64, 768, dtype=torch.bfloat16, device="meta")
-    c = table.linear_config.Config("fused", 128, 128, 64, 8, 4)
-    (launch,) = table.launches_of(lambda: table.linear_stats.weight_stats(x, x, False, c))
+    c = table.linear_config.fused_tile(64, False, x.dtype, moments, arch)
+    (launch,) = table.launches_of(lambda: table.linear_stats.weight_stats(x, x, moments, c))
     made = build(launch, arch)
     assert not made.spills
     assert made.opcodes[opcode]
@@ -98,17 +101,15 @@ def test_odd_widths_keep_asynchronous_copies(i, o):
 
 
 def test_config_stays_within_all_configs():
-    from gradstats.kernels.linear_config import MAX_PARTS, Config, all_configs, config
+    from gradstats.kernels.linear_config import all_configs, config
 
     known = set(all_configs())
     sizes = (1, 2, 7, 16, 100, 768, 3000, 50257)
     for batch, t, i, o in itertools.product((1, 2, 13, 64), (1, 2, 17, 33, 64, 1024), sizes, sizes):
         for dtype, moments in itertools.product((torch.float32, torch.bfloat16), (False, True)):
             c = config(batch, t, i, o, dtype, moments)
-            assert 1 <= c.splits <= batch
-            assert 1 <= c.parts <= MAX_PARTS
-            assert c.splits == 1 or c.parts == 1
-            assert (dtype, moments, Config(**{**vars(c), "splits": 1, "parts": 1})) in known
+            assert (c.schedule is not None) == (c.path == "fused")
+            assert (dtype, moments, replace(c, schedule=None)) in known
 
 
 def test_config_chooses_by_cost():
@@ -119,8 +120,11 @@ def test_config_chooses_by_cost():
     assert config(64, 16, 768, 768, bf16, False).path == "gram"
     assert config(64, 16, 768, 768, bf16, True).path == "fused"  # the Gram has no elements
     assert config(16, 1024, 768, 768, bf16, False).path == "fused"
-    assert config(16, 1024, 768, 50257, bf16, False).splits == 1  # tiles enough
-    assert config(16, 1024, 768, 768, bf16, False).splits > 1
+    assert not config(16, 1024, 768, 50257, bf16, False).schedule.share  # tiles enough
+    assert config(16, 1024, 768, 768, bf16, False).schedule.share
+    assert config(1, 8192, 768, 768, bf16, False).schedule.parts
+    # Short work is not worth joining.
+    assert not config(32, 64, 1024, 1024, bf16, True).schedule.share
 
 
 @pytest.mark.parametrize("module", ["gradstats.kernels", "gradstats.kernels.linear_config"])
