@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAIR = re.compile(
-    r"(?<!-->\n)(^```sh\n(?P<lines>gradstats [^`]*)```\n\n```text\n)[^`]*(^```)", re.MULTILINE
+    r"(?<!-->\n)(^```sh\n(?P<lines>gradstats [^`]*)```\n\n```text\n)(?:(?!```).*\n)*(```)",
+    re.MULTILINE,
 )
 COLUMNS = "88"  # of the pages' text blocks
 

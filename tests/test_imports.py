@@ -143,7 +143,7 @@ EDGES = {
     "truth": {"batches", "calls", "errors", "mixing", "trial"},
     "checking": {"batches", "calls", "distributed", "errors", "report", "trial", "truth"},
     "loggers": {
-        "advice", "batch_advice", "errors", "estimators", "loggers", "stats", "step_time",
+        "advice", "batch_advice", "errors", "estimators", "layouts", "loggers", "stats", "step_time",
     },
     "integrations": {
         "advice", "errors", "integrations", "loggers", "monitor", "scaling", "schedulers", "stats",

@@ -141,6 +141,13 @@ def test_a_log_of_rows_alone_is_read(tmp_path) -> None:
     assert said(old) == 3 * [(advice.batch_size, advice.low, advice.high, None)]
 
 
+def test_a_batch_size_that_is_none_advises_nothing(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    for size in ("0", "1e300", "null", '"many"'):
+        path.write_text(f'{{"step": 1, "noise_scale": 4.0, "batch_size": {size}}}\n')
+        assert read_log(path).recommend() is None, size
+
+
 def test_what_was_timed_outlasts_a_resumed_run(tmp_path) -> None:
     path = written(tmp_path / "a.jsonl", NOISE, timing=TIMING)
     log = gradstats.Log(monitor_of(NOISE), JsonLines(path, resume=True))
@@ -151,9 +158,22 @@ def test_what_was_timed_outlasts_a_resumed_run(tmp_path) -> None:
     assert read_log(path).spoilt == 0
 
 
+POINT = '{"micro_batch_size": 1, "accumulation_steps": 1, "seconds": 1, "low": 1, "high": 1}'
+EMPTY = '"update": 0, "launch": 0, "per_sample": %s, "covariance": [], "misfit": 0, "points": [%s]'
+
+
 @pytest.mark.parametrize(
-    "about", ['{"timing": {}}', '{"timing": 3}', '{"confidence": "x"}', '{"timing": {"points": [{}]}}']
-)  # fmt: skip
+    "about",
+    [
+        '{"timing": {}}',
+        '{"timing": 3}',
+        '{"confidence": "x"}',
+        '{"timing": {"points": [{}]}}',
+        f'{{"timing": {{{EMPTY % (1, "")}}}}}',
+        f'{{"timing": {{{EMPTY % (0, POINT)}}}}}',
+        f'{{"timing": {{{EMPTY % (chr(34) * 2, POINT)}}}}}',
+    ],
+)
 def test_a_spoilt_line_about_the_rows_is_passed_over(tmp_path, about) -> None:
     path = written(tmp_path / "a.jsonl", NOISE, timing=TIMING)
     with path.open("a") as file:

@@ -43,7 +43,9 @@ class About:
         """From `to_dict()`. Raises ValueError, KeyError or TypeError for something else."""
         known = {name: state[name] for name in cls.__dataclass_fields__ if name in state}
         if known.get("timing") is not None:
-            known["timing"] = StepTime.from_dict(known["timing"])
+            known["timing"] = timing = StepTime.from_dict(known["timing"])
+            if not timing.seconds(timing.max_micro_batch_size) > 0:
+                raise ValueError(f"a step takes {timing.seconds(timing.max_micro_batch_size)} s")
         for name in ("confidence", "calibration", "tokens_per_sample"):
             if known.get(name) is not None:
                 known[name] = float(known[name])

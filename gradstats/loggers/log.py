@@ -74,8 +74,8 @@ class Log:
     def timed(self, timing: StepTime, *, tokens_per_sample: float | None = None) -> None:
         """Note what `gradstats.measure_step` found, so that advice from the log weighs time.
 
-        At any time, before the training or after it. `tokens_per_sample`: where the monitor counts tokens.
-        Raises InvalidArgumentError where that is missing, or out of place.
+        At any time until `close`, before the training or after it. `tokens_per_sample`: where the monitor
+        counts tokens. Raises InvalidArgumentError where that is missing, or out of place.
         """
         require_one_unit(self.monitor.sample, timing, tokens_per_sample)
         self._timing, self._tokens = timing, tokens_per_sample

@@ -13,6 +13,7 @@ from gradstats.advice import recommend
 from gradstats.batch_advice import BatchSizeAdvice
 from gradstats.errors import InvalidArgumentError
 from gradstats.estimators import NoiseScale
+from gradstats.layouts import LARGEST
 from gradstats.loggers.about import About
 
 __all__ = ["Logged", "entry_of", "read_lines", "read_log"]
@@ -62,7 +63,7 @@ class Logged:
     def recommend(self, *, max_micro_batch_size: int | None = None) -> BatchSizeAdvice | None:
         """As `Monitor.recommend`, from the last rows; None without a noise scale and a batch size."""
         noise, size, about = self.noise_scale(), self.present("batch_size"), self.about
-        if noise is None or size is None or size < 1:
+        if noise is None or size is None or not 1 <= size <= LARGEST:
             return None
         ranks = 1 if about.timing is None else about.timing.world_size
         rate = self.present("learning_rate")

@@ -155,10 +155,11 @@ def _noise(noise: NoiseScale | None, advice: BatchSizeAdvice | None) -> dict[str
     if low <= now <= high:
         return {}
     side, pays = ("below", "a larger one") if now < low else ("above", "a smaller one")
-    end = "up" if advice.high is None else f"to {advice.high:,}"
+    sizes = f"{low:,} up" if advice.high is None else f"{low:,} to {high:,}"
+    sizes = f"{low:,}" if low == high else sizes
     return {
         "batch": f"the batch of {now:,} is {side} what the noise scale's interval advises, "
-        f"{low:,} {end}: {pays} takes fewer {'steps' if now < low else 'samples'} at little "
+        f"{sizes}: {pays} takes fewer {'steps' if now < low else 'samples'} at little "
         "cost (`gradstats advise`)"
     }
 
