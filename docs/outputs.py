@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +19,7 @@ PAIR = re.compile(
     r"(?<!-->\n)(^```sh\n(?P<lines>gradstats [^`]*)```\n\n```text\n)(?:(?!```).*\n)*(```)",
     re.MULTILINE,
 )
-COLUMNS = "88"  # of the pages' text blocks
+COLUMNS = 88  # of the pages' text blocks
 
 
 def output(lines: str) -> str:
@@ -27,12 +28,20 @@ def output(lines: str) -> str:
     for line in lines.replace("\\\n", " ").strip().splitlines():
         words = shlex.split(line, comments=True)
         words = [sys.executable, "-m", *words]
-        env = {**os.environ, "COLUMNS": COLUMNS, "NO_COLOR": "1", "TERM": "dumb"}
+        env = {**os.environ, "COLUMNS": str(COLUMNS), "NO_COLOR": "1", "TERM": "dumb"}
         done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
         print(f"{line}: exit code {done.returncode}", file=sys.stderr)
         printed += done.stdout + (done.stderr if done.returncode else "")
-    trimmed = [line.rstrip() for line in printed.splitlines()]
-    return "\n".join(trimmed).strip("\n") + "\n"
+    return folded(printed)
+
+
+def folded(printed: str) -> str:
+    """As a terminal of so many columns shows it, but between words."""
+    shown = []
+    for line in printed.splitlines():
+        parts = textwrap.wrap(line, COLUMNS) if len(line.rstrip()) > COLUMNS else [line.rstrip()]
+        shown += parts
+    return "\n".join(shown).strip("\n") + "\n"
 
 
 def main() -> None:
