@@ -198,7 +198,7 @@ def batch_norm(
             "BatchNorm in training mode mixes the samples of a batch, so no per-sample gradient "
             "exists for anything before it",
             "call .eval() on it, use GroupNorm, LayerNorm or InstanceNorm, or compare micro-batches "
-            'with attach(method="micro_batch")',
+            "with attach(method='micro_batch')",
         )
     if not use.tracked(weight, bias):
         rest = (running_mean, running_var, weight, bias, training, momentum, eps, *args)
