@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gradstats.distributed import Ranks, whole
+from gradstats.distributed import whole
 from gradstats.interpose import Interposer
+from gradstats.ranks import Ranks
 from gradstats.record import Joined
 
 

@@ -14,6 +14,7 @@ from gradstats.install import install, uninstall
 from gradstats.moments import SecondMoments
 from gradstats.options import Options
 from gradstats.order import Order
+from gradstats.ranks import join_ranks, require_joined
 from gradstats.self_check import SelfCheck
 from gradstats.source import Source
 from gradstats.stats import GradStats
@@ -39,9 +40,7 @@ class PerSample(Source):
         told_of = (options.every, options.moments, options.batch_dim, options.sample)
         settings = repr((*told_of, options.loss_reduction, self.interposer.dtype))
         try:
-            self.ranks = distributed.join_ranks(
-                model, self.interposer, self._group, settings, options.moments
-            )
+            self.ranks = join_ranks(model, self.interposer, self._group, settings, options.moments)
         except BaseException:
             uninstall(model)
             raise
@@ -71,7 +70,7 @@ class PerSample(Source):
         """The record of what was propagated backward since the last call; see `Monitor.step`."""
         interposer = self.interposer
         names, params = self.names, self.params()
-        distributed.require_joined(self.ranks, self._group, params)
+        require_joined(self.ranks, self._group, params)
         deliveries, reasons = interposer.take()
         try:
             require_means(self._wrapper)

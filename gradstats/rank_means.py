@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradstats import distributed
 from gradstats.comm_hooks import require_means
-from gradstats.distributed import AGREEMENT, APART, FAILED
+from gradstats.distributed import AGREEMENT, APART, FAILED, lost_step
 from gradstats.errors import AttachError, GradStatsError, NoStatisticsError, OrderError
 from gradstats.options import Options
 from gradstats.part_source import PartSource
@@ -117,10 +117,7 @@ class RankMeans(PartSource):
             raise error
         every, failed = joined
         if failed.device.type == "cpu" and failed > 0:
-            raise NoStatisticsError(
-                f"{FAILED} ({int(failed)} of {self.size}), so this step has no global statistics; the "
-                "message there says why. Every rank must run forward, backward and step() alike."
-            )
+            raise lost_step(failed, self.size)
         rows = len(self.names)
         own, grads = every[:, 2 : 2 + rows].t(), every[:, 2 + rows :]
         high, low = grads.amax(0), grads.amin(0)

@@ -129,7 +129,7 @@ def test_processes_that_come_after_attach_are_noticed(monkeypatch) -> None:
     model = nn.Linear(3, 2)
     monitor = gradstats.attach(model)
     model(torch.randn(4, 3)).sum().backward()
-    monkeypatch.setattr("gradstats.distributed.initialised", lambda: True)
+    monkeypatch.setattr("gradstats.ranks.initialised", lambda: True)
     with pytest.raises(gradstats.GradStatsError, match="initialised after attach"):
         monitor.step()
 

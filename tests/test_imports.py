@@ -85,13 +85,14 @@ EDGES = {
     "expand": {"probes", "reference"},
     "fallback": {"alike", "calls", "expand", "interpose", "probes"},
     "record": {"backends", "errors", "grouping", "ops", "probes", "stats"},
-    "distributed": {"calls", "errors", "interpose", "record"},
+    "distributed": {"errors"},
+    "ranks": {"calls", "distributed", "errors", "interpose", "record"},
     "series": {"stats"},
     "tokens": {"calls", "errors", "grouping", "interpose", "layout", "probes", "rules"},
     "install": {
         "backends", "distributed", "errors", "fallback", "interpose", "probes", "shortcuts", "tokens",
     },
-    "moments": {"distributed", "interpose", "record"},
+    "moments": {"distributed", "interpose", "ranks", "record"},
     "order": {"errors", "probes"},
     "self_check": {"errors", "ops", "probes", "reference"},
     "momentum": {"estimators"},
@@ -106,7 +107,7 @@ EDGES = {
     "source": {"estimators", "stats"},
     "per_sample": {
         "comm_hooks", "distributed", "errors", "estimators", "install", "moments", "options",
-        "order", "record", "self_check", "source", "stats", "told",
+        "order", "ranks", "record", "self_check", "source", "stats", "told",
     },
     "norm_layers": {
         "calibration", "distributed", "errors", "estimators", "options", "per_sample", "record",

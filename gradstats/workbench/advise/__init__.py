@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gradstats.workbench.advise.evidence import Evidence, RatePoint, gather, of_target
+from gradstats.workbench.advise.evidence import Evidence, RatePoint, gather, of_target, with_present
 from gradstats.workbench.advise.overfitting import Curve, Trend, overfitting
-from gradstats.workbench.advise.plan import Advised, Plan, advise, with_present
+from gradstats.workbench.advise.plan import Advised, Plan, advise
 from gradstats.workbench.advise.remark import Remark
 from gradstats.workbench.advise.starting_points import STARTING_POINTS, StartingPoint
 

@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from gradstats.errors import InvalidArgumentError
-from gradstats.estimators import NoiseScale
+from gradstats.estimators import NoiseScale, whole
 from gradstats.loggers import Logged, read_log
 from gradstats.step_time import StepTime
 from gradstats.workbench import saved
 from gradstats.workbench.advise.overfitting import Curve
 
-__all__ = ["KINDS", "Evidence", "RatePoint", "gather", "of_content", "of_log", "of_target"]
+__all__ = [
+    "KINDS",
+    "Evidence",
+    "RatePoint",
+    "gather",
+    "of_content",
+    "of_log",
+    "of_target",
+    "with_present",
+]
 
 KINDS = ("measure", "vram", "lr_range", "critical", "sweep")
 LOGS = (".jsonl", ".ndjson")
@@ -251,3 +260,23 @@ def of_target(target: str) -> Evidence:
         batch_norm=made.batch_norm_layers or None,
         sources=(f"{target}: {made.num_samples:,} samples, {type(made.optimizer).__name__}",),
     )
+
+
+def with_present(
+    evidence: Evidence,
+    *,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    optimizer: str | None = None,
+    data_samples: int | None = None,
+    largest: int | None = None,
+) -> Evidence:
+    """The evidence with other present settings, where they are given."""
+    given = {
+        "batch_size": None if batch_size is None else whole("batch_size", batch_size),
+        "learning_rate": learning_rate,
+        "optimizer": optimizer,
+        "data_samples": None if data_samples is None else whole("data_samples", data_samples),
+        "largest": None if largest is None else whole("max_micro_batch_size", largest),
+    }
+    return replace(evidence, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gradstats.advice import Goal, recommend
@@ -16,6 +16,7 @@ from gradstats.errors import InvalidArgumentError
 from gradstats.estimators import readable, require, whole
 from gradstats.layouts import LARGEST, split
 from gradstats.workbench.advise.evidence import Evidence
+from gradstats.workbench.advise.evidence_remarks import so_far, unmeasured
 from gradstats.workbench.advise.large_batches import above_noise, large_batch_remarks, why_large
 from gradstats.workbench.advise.normalisation import batch_norm_remarks
 from gradstats.workbench.advise.overfitting import Trend, overfitting
@@ -180,8 +181,8 @@ def advise(
     large = why_large(advice.batch_size, evidence.data_samples)
     remarks += large_batch_remarks(large, evidence.optimizer)
     remarks += above_noise(advice.batch_size, evidence.noise.high * (evidence.critical or 1.0))
-    remarks += _machine(evidence, ranks, collective_seconds, worlds is not None)
-    remarks += _trained(evidence, trends)
+    remarks += unmeasured(evidence, ranks, collective_seconds, worlds is not None)
+    remarks += so_far(evidence, trends)
     return Advised(plan, tuple(reasons), tuple(remarks), advice, trends, evidence.sources)
 
 
@@ -193,9 +194,8 @@ def _needed(task: str | None, evidence: Evidence) -> str:
             "the present batch size is not known: pass it, or a file of `gradstats measure`"
         )
     raise InvalidArgumentError(
-        "there is no noise scale to go by: pass a file of `gradstats measure` or `gradstats "
-        "critical`, or a log, "
-        "or a task for a published starting point"
+        "there is no noise scale to go by: pass a file of `gradstats measure` or `gradstats critical`, "
+        "or a log, or a task for a published starting point"
     )
 
 
@@ -246,7 +246,7 @@ def _started(
         remarks += batch_norm_remarks(names, layout.micro_batch_size, ranks)
     if in_samples:
         remarks += large_batch_remarks(why_large(size, data), point.optimizer)
-    remarks += _trained(evidence, trends)
+    remarks += so_far(evidence, trends)
     return Advised(plan, tuple(reasons), tuple(remarks), None, trends, evidence.sources)
 
 
@@ -254,94 +254,6 @@ def _lengths(advice: BatchSizeAdvice, steps_left: int | None) -> list[str]:
     if steps_left is not None:
         return [f"{steps_left:,} steps at the present batch size would get as far"]
     return [
-        f"a target takes {readable(advice.steps)} × the steps and {readable(advice.samples)} × "
-        "the samples of "
-        "now; with the number of epochs or steps planned, the plan says how many"
+        f"a target takes {readable(advice.steps)} × the steps and {readable(advice.samples)} × the "
+        "samples of now; with the number of epochs or steps planned, the plan says how many"
     ]
-
-
-def _machine(evidence: Evidence, ranks: int, seconds: float, compared: bool) -> list[Remark]:
-    found = []
-    if compared and not seconds:
-        found.append(
-            Remark(
-                "ranks",
-                f"the collectives of {ranks:,} ranks were taken to cost no time; measure on "
-                "them, or give their "
-                "seconds (gradstats.collective_cost has formulas)",
-            )
-        )
-    if evidence.timing is None:
-        found.append(
-            Remark(
-                "time", "steps were not timed, so the plan counts samples and steps, not seconds"
-            )
-        )
-    if evidence.largest is None and evidence.timing is None:
-        found.append(Remark("memory", "what fits a device was not measured: `gradstats vram` does"))
-    if evidence.noise is not None and evidence.noise.coverage < 1:
-        found.append(
-            Remark(
-                "coverage",
-                f"the noise scale speaks for {evidence.noise.coverage:.1%} of the trainable parameters",
-            )
-        )
-    return found
-
-
-def _trained(evidence: Evidence, trends: Sequence[Trend]) -> list[Remark]:
-    """What trainings so far say."""
-    found = [Remark("curves", str(trend)) for trend in trends]
-    if any(trend.kind == "overfitting" for trend in trends):
-        found.append(
-            Remark(
-                "overfitting",
-                "stop at the lowest validation loss, or regularise more: weight decay, "
-                "augmentation, dropout, "
-                "label smoothing. Smaller batches regularise too",
-                "Keskar et al. 2017, arXiv:1609.04836",
-            )
-        )
-    return found + _swept(evidence)
-
-
-def _swept(evidence: Evidence) -> list[Remark]:
-    """The plan of a sweep with the lowest validation loss, and whether it is surely the best."""
-    known = {k: list(v) for k, v in evidence.sweep.items() if all(map(math.isfinite, v))}
-    if len(known) < 2:
-        return []
-    from scipy.stats import ttest_ind
-
-    order = sorted(known, key=lambda plan: sum(known[plan]) / len(known[plan]))
-    (size, rate), second = order[0], order[1]
-    best, next_ = known[order[0]], known[second]
-    text = (
-        f"of the plans swept, batches of {size:,} at {rate:.3g} end with the lowest validation loss"
-    )
-    seeds = min(len(best), len(next_))
-    if seeds < 2:
-        return [Remark("sweep", f"{text}, in one training each: other seeds may end otherwise")]
-    sure = ttest_ind(best, next_, equal_var=False, alternative="less").pvalue < 0.05
-    runner_up = f"batches of {second[0]:,} at {second[1]:.3g}"
-    text += f", surely below {runner_up}" if sure else f", not surely below {runner_up}"
-    return [Remark("sweep", f"{text} ({seeds} seeds or more, Welch's test at 5%)")]
-
-
-def with_present(
-    evidence: Evidence,
-    *,
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
-    optimizer: str | None = None,
-    data_samples: int | None = None,
-    largest: int | None = None,
-) -> Evidence:
-    """The evidence with other present settings, where they are given."""
-    given = {
-        "batch_size": None if batch_size is None else whole("batch_size", batch_size),
-        "learning_rate": learning_rate,
-        "optimizer": optimizer,
-        "data_samples": None if data_samples is None else whole("data_samples", data_samples),
-        "largest": None if largest is None else whole("max_micro_batch_size", largest),
-    }
-    return replace(evidence, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]

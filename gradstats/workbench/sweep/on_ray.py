@@ -11,7 +11,8 @@ from typing import Any
 from gradstats.errors import GradStatsError
 from gradstats.workbench.factory import first_line
 from gradstats.workbench.sweep.runners import Setup, handle
-from gradstats.workbench.sweep.trial import Event, Trial, train
+from gradstats.workbench.sweep.training import train
+from gradstats.workbench.sweep.trial import Event, Trial
 
 __all__ = ["on_ray"]
 

@@ -19,7 +19,8 @@ from gradstats.errors import InvalidArgumentError
 from gradstats.kept import kept
 from gradstats.workbench.factory import first_line
 from gradstats.workbench.sweep.store import Store
-from gradstats.workbench.sweep.trial import Event, Trial, train
+from gradstats.workbench.sweep.training import train
+from gradstats.workbench.sweep.trial import Event, Trial
 
 __all__ = ["Report", "Setup", "handle", "here", "in_processes", "interruptible", "undisturbed"]
 
