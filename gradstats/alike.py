@@ -20,10 +20,6 @@ def tensors(tree: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-
-
 def results(out: Any, params: list[Tensor]) -> Results:
     """The tensors of `out`, and the gradients of a fixed function of them."""
     outputs = tensors(out)

@@ -35,10 +35,8 @@ def main() -> None:
     """Entry point of the `gradstats` script and of `python -m gradstats`."""
     # Memory on CPUs is read by torch's profiler, which otherwise announces itself on standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # a terminal without Σ gets a question mark, no traceback
+    # A terminal without Σ gets a question mark, no traceback.
+    for stream in (sys.stdout, sys.stderr):
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     try:
         application = app()

@@ -48,7 +48,7 @@ def statistics_bytes(num_parameters: int) -> int:
     """A rank's part of the one all-gather in `monitor.step()`, for so many parameter tensors.
 
     3 numbers for each (Σ‖d_i‖², the squared norm of its gradient, whether it was measured) and 2 more
-    (samples, whether the step failed), in float64: see `gradstats.distributed`.
+    (samples, whether the step failed), in float64: see `gradstats.ranks`.
     """
     return 8 * (3 * whole("num_parameters", num_parameters) + 2)
 

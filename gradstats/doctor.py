@@ -13,7 +13,7 @@ import torch
 
 import gradstats
 from gradstats import backends
-from gradstats.errors import GradStatsError
+from gradstats.errors import GradStatsError, first_line
 from gradstats.extras import extras
 from gradstats.machine import gigabytes, machine
 from gradstats.ops import SCHEMAS, ops
@@ -108,7 +108,7 @@ def _try(name: str, device: str, operations: list[str]) -> str | None:
             # Matrix units may round float32 products to TF32.
             torch.testing.assert_close(s, e, rtol=5e-3, atol=5e-3)
     except Exception as error:  # anything at all may be wrong with an installation
-        return f"{operation} failed on {device} tensors: {_first_line(error)}"
+        return f"{operation} failed on {device} tensors: {first_line(error)}"
     return None
 
 
@@ -252,8 +252,3 @@ def _show_machine(report: dict[str, Any], console: Any) -> None:
 
 def _name(requirement: str) -> str:
     return re.split(r"[<>=!~]", requirement)[0]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

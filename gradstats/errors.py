@@ -37,3 +37,9 @@ class OrderError(GradStatsError, RuntimeError):
 
 class AttachError(GradStatsError, RuntimeError):
     """The model cannot be attached to as it is."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's kind and the first line of its text, for a message that quotes it."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

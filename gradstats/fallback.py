@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from gradstats import alike
 from gradstats.calls import FallbackFailed, random_state, restore_random_state
+from gradstats.errors import first_line
 from gradstats.expand import Corrected, Expand, Merge, NoSample
 from gradstats.interpose import Interposer
 from gradstats.probes import ATTRIBUTE, CONSTANT, Probe
@@ -121,7 +122,7 @@ class _Plan:
             try:
                 expected = alike.results(plain, params)
             except RuntimeError as error:  # as of a reentrant checkpoint
-                problems = [alike.first_line(error)] * 2
+                problems = [first_line(error)] * 2
             for vectorised in (True, False) if not problems else ():
                 restore()
                 self.vectorised = vectorised
@@ -131,7 +132,7 @@ class _Plan:
                     alike.require(alike.results(self(args, kwargs), params), expected)
                     break
                 except Exception as error:
-                    problems.append(alike.first_line(error))
+                    problems.append(first_line(error))
             restore()
         if len(problems) == 2:
             need = self.interposer.fallbacks[self.path]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradstats.distributed import owner_of, unwrapped
+from gradstats.distributed import owner_of, sharded, unwrapped
 from gradstats.errors import InvalidArgumentError, UnsupportedLayerError
 from gradstats.estimators import NoiseScale, noise_scale
 from gradstats.options import Options
@@ -112,7 +112,7 @@ class Geometry:
             owner, key = owner_of(self._model, name)
             param = owner[key]
             grad = param.grad
-            if grad is not None and hasattr(grad, "to_local"):
+            if grad is not None and sharded(grad):
                 raise UnsupportedLayerError(
                     f"geometry=...: parameter {name!r} is sharded over processes, and its optimizer state "
                     "too, while variances are of whole weights. Attach without it."

@@ -8,7 +8,7 @@ from typing import Any
 
 from gradstats.batches import Samples
 from gradstats.errors import InvalidArgumentError
-from gradstats.estimators import require
+from gradstats.estimators import require, whole
 from gradstats.loader import Step, world
 
 __all__ = ["GroupedLoader"]
@@ -59,8 +59,7 @@ class GroupedLoader:
 
     @accumulation_steps.setter
     def accumulation_steps(self, number: int) -> None:
-        require(number >= 1, "accumulation_steps", number, "pass a whole number of at least 1")
-        self._accumulation = int(number)
+        self._accumulation = whole("accumulation_steps", number)
 
     @property
     def batch_size(self) -> int:

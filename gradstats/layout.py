@@ -17,13 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from gradstats.calls import named, random_state, restore_random_state, tensors_in
-from gradstats.errors import BatchDimError, UnsupportedLayerError
+from gradstats.errors import BatchDimError, UnsupportedLayerError, first_line
 from gradstats.probes import ATTRIBUTE, CONSTANT
 
 SAMPLES_FIRST, POSITIONS_FIRST = "samples first", "positions first"
 WITHOUT_SAMPLES = "without samples"
-
-
 # Functions that say themselves where the samples are in their inputs.
 _OWN_ORDER = (F.multi_head_attention_forward, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
@@ -123,7 +121,7 @@ def find(
     except Exception as error:  # as of lengths that must fall
         raise BatchDimError(
             f"the model has other dimensions of {batch} or flattens samples, and its forward fails when "
-            f"a sample takes another's place ({type(error).__name__}: {str(error).splitlines()[0]}), so "
+            f"a sample takes another's place ({first_line(error)}), so "
             "where the samples are could not be found. Say it with monitor.samples(ids=...)."
         ) from error
     for one, two in zip_longest(before, after):

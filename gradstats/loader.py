@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from gradstats.errors import InvalidArgumentError, OrderError
-from gradstats.estimators import require
+from gradstats.estimators import require, whole
 from gradstats.plan import epoch_order, row_sizes, rows, share
 
 __all__ = ["Step", "StepLoader"]
@@ -111,8 +111,8 @@ class StepLoader:
                 "gradstats.GroupedLoader"
             )
         self.dataset_size = len(cast(Sized, dataset))
-        unit = _whole("micro_batch_size", micro_batch_size) * world_size
-        valid = _whole("batch_size", batch_size) % unit == 0
+        unit = whole("micro_batch_size", micro_batch_size) * world_size
+        valid = whole("batch_size", batch_size) % unit == 0
         parts = f"micro_batch_size × world_size = {micro_batch_size} × {world_size}"
         require(valid, "batch_size", batch_size, f"pass a multiple of {parts}")
         fits = batch_size <= self.dataset_size
@@ -145,7 +145,7 @@ class StepLoader:
 
     @micro_batch_size.setter
     def micro_batch_size(self, size: int) -> None:
-        self._next_micro = _whole("micro_batch_size", size)
+        self._next_micro = whole("micro_batch_size", size)
 
     @property
     def accumulation_steps(self) -> int:
@@ -154,7 +154,7 @@ class StepLoader:
 
     @accumulation_steps.setter
     def accumulation_steps(self, number: int) -> None:
-        self._accumulation = _whole("accumulation_steps", number)
+        self._accumulation = whole("accumulation_steps", number)
 
     @property
     def batch_size(self) -> int:
@@ -283,9 +283,3 @@ def world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-def _whole(name: str, seen: int) -> int:
-    whole = isinstance(seen, int) and seen >= 1
-    require(whole, name, seen, "pass a whole number of at least 1")
-    return seen

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradstats.distributed import owner_of, unwrapped
+from gradstats.distributed import owner_of, sharded, unwrapped
 from gradstats.errors import InvalidArgumentError, UnsupportedLayerError
 from gradstats.estimators import NoiseScale, noise_scale, readable
 from gradstats.momentum import BufferWeights, MomentumStep, compare
@@ -74,7 +74,7 @@ class MomentumReader:
             state = self._optimizer.state.get(param, {})
             buffer = next((state[b] for b in BUFFERS if state.get(b) is not None), None)
             grad = param.grad
-            if grad is not None and hasattr(grad, "to_local"):
+            if grad is not None and sharded(grad):
                 raise UnsupportedLayerError(
                     f"from_momentum=True: parameter {name!r} is sharded over processes, and its buffer "
                     "too. Attach without it."

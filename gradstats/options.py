@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -43,15 +43,14 @@ class Options:
     geometry: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        methods = ("per_sample", "norm_layers", "micro_batch", "ranks")
-        _one_of("method", self.method, methods)
+        _one_of("method", self.method, get_args(Method))
         _one_of("loss_reduction", self.loss_reduction, ("mean", "sum"))
         if isinstance(self.every, str):
             _one_of("every", self.every, ("sparse",))
         elif not isinstance(self.every, Budget):
             at_least("every", self.every, 1)
         at_least("batch_dim", self.batch_dim, 0)
-        _one_of("sample", self.sample, ("example", "token"))
+        _one_of("sample", self.sample, get_args(Sample))
         if self.sample == "token" and self.batch_dim != 0:
             raise InvalidArgumentError(
                 f'batch_dim={self.batch_dim} cannot be used with sample="token", which reads (batch, '
@@ -69,7 +68,6 @@ class Options:
                 f"tokens_per_sample={tokens!r} must be a number above 0, and left out where tokens are "
                 'the samples (sample="token")'
             )
-
         if self.optimizer is not None and not hasattr(self.optimizer, "param_groups"):
             raise InvalidArgumentError(
                 f"optimizer={self.optimizer!r} has no param_groups; pass a torch.optim.Optimizer, or leave "
@@ -79,7 +77,7 @@ class Options:
     def _check_method(self) -> None:
         by_parts = self.method in ("micro_batch", "ranks")
         if self.weighting is not None:
-            _one_of("weighting", self.weighting, ("samples", "parts"))
+            _one_of("weighting", self.weighting, get_args(Weighting))
             if not by_parts:
                 raise InvalidArgumentError(
                     f"weighting={self.weighting!r} is for methods that compare parts of a batch; "

@@ -24,8 +24,6 @@ from torch import Tensor
 from gradstats.grouping import Counted, Grouping
 
 ATTRIBUTE = "_gradstats"
-
-
 Part = tuple[int, int, int]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradstats.advice import Rule, scale_learning_rate
 from gradstats.errors import InvalidArgumentError
-from gradstats.estimators import require
+from gradstats.estimators import require, whole
 from gradstats.rates import scale_decay, warm_up
 
 __all__ = ["BatchScaling"]
@@ -49,8 +49,7 @@ class BatchScaling:
         half_life: tuple[str, ...] = (),
         warm_up: float = 0,
     ) -> None:
-        whole = isinstance(batch_size, int) and batch_size >= 1
-        require(whole, "batch_size", batch_size, "pass a whole number of at least 1")
+        batch_size = whole("batch_size", batch_size)
         require(
             rule is None or rule in get_args(Rule), "rule", rule, f"pass one of {get_args(Rule)}"
         )

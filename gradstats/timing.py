@@ -18,9 +18,7 @@ from gradstats.step_time import StepTime, fit_step_time, peak_at
 __all__ = ["measure_step"]
 
 Step = Callable[[int, int], Any]
-TURN = (
-    0.02  # seconds that short steps are repeated for, so that one interruption is not a whole turn
-)
+TURN = 0.02  # seconds that short steps are repeated for: one interruption is then no whole turn
 
 
 def measure_step(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gradstats.distributed import ALONE
-from gradstats.errors import GradStatsError, InvalidArgumentError
+from gradstats.errors import GradStatsError, InvalidArgumentError, first_line
 from gradstats.fallback import FallbackWarning
 from gradstats.monitor import attach
 from gradstats.stats import GradStats
@@ -110,7 +110,7 @@ class Trial:
         except Exception as error:
             raise InvalidArgumentError(
                 f"check works on copies, and {type(self.model).__name__} cannot be copied "
-                f"({_line(error)}). Give check a model as it is before any forward."
+                f"({first_line(error)}). Give check a model as it is before any forward."
             ) from error
         for module in twin.modules():
             if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
@@ -127,7 +127,7 @@ class Trial:
             raise
         except Exception as error:
             raise InvalidArgumentError(
-                f"loss_fn(model, batch) failed: {_line(error)}. It is called with the model and "
+                f"loss_fn(model, batch) failed: {first_line(error)}. It is called with the model and "
                 "the batch; a module or a function of torch.nn.functional is called "
                 "loss_fn(model(x), y) with batch = (x, y)."
             ) from error
@@ -184,11 +184,6 @@ def _refusal(error: Exception) -> GradStatsError:
     if isinstance(error, GradStatsError) and not isinstance(error, InvalidArgumentError):
         return error
     return GradStatsError(
-        f"the model runs as it is, but not with gradstats attached: {_line(error.__cause__ or error)}. "
+        f"the model runs as it is, but not with gradstats attached: {first_line(error.__cause__ or error)}. "
         "The rule of a function it uses fails, or gradstats does; if no rule is yours, please report it."
     )
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

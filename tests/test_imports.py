@@ -83,7 +83,7 @@ EDGES = {
     },
     "alike": set(),
     "expand": {"probes", "reference"},
-    "fallback": {"alike", "calls", "expand", "interpose", "probes"},
+    "fallback": {"alike", "calls", "errors", "expand", "interpose", "probes"},
     "record": {"backends", "errors", "grouping", "ops", "probes", "stats"},
     "distributed": {"errors"},
     "ranks": {"calls", "distributed", "errors", "interpose", "record"},

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from gradstats.errors import InvalidArgumentError
+from gradstats.errors import InvalidArgumentError, first_line
 
 __all__ = ["call_factory", "find_factory"]
 
@@ -54,9 +54,3 @@ def call_factory(target: str, gives: str) -> Any:
             f"{target}() failed: {first_line(error)}. It is called without arguments and must return "
             f"{gives}."
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """An error's kind and the first line of its text."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

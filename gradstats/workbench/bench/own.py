@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradstats.errors import GradStatsError, InvalidArgumentError
+from gradstats.errors import GradStatsError, InvalidArgumentError, first_line
 from gradstats.estimators import whole
 from gradstats.monitor import attach
 from gradstats.stats import GradStats
 from gradstats.trial import joined
 from gradstats.workbench.bench.steps import KINDS, PLAIN, Variant, timed
 from gradstats.workbench.bench.timing import Spread
-from gradstats.workbench.factory import first_line
 
 __all__ = ["StepBench", "bench_step"]
 

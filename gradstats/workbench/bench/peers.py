@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradstats.errors import first_line
 from gradstats.workbench.bench.models import Problem, mean_cross_entropy
 
 GRAD_SAMPLE, SUM_GRAD_SQUARED = "grad_sample", "sum_grad_squared"  # as the peers call them
@@ -163,11 +164,6 @@ class TorchFunc(Step):
 def sum_sq_norms(each: list[Tensor]) -> Tensor:
     """(B,) from every parameter's (B, *shape)."""
     return torch.stack([g.flatten(1).norm(dim=1) for g in each]).square().sum(0)
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:90]}" if text else type(error).__name__
 
 
 PEERS: dict[str, Callable[..., Step]] = {

@@ -8,14 +8,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gradstats.errors import first_line
 from gradstats.workbench.bench.checks import Monitored, Scheduled, check_gradstats, check_peer
 from gradstats.workbench.bench.models import MODELS, Problem
-from gradstats.workbench.bench.peers import PEERS, Refused, Step, first_line
+from gradstats.workbench.bench.peers import PEERS, Refused, Step
 from gradstats.workbench.bench.timing import Spread, interleave, ratios
 
 __all__ = ["KINDS", "NOTES", "PLAIN", "Variant", "measure", "timed"]
 
 PLAIN, KINDS = "plain", ("norms", "norms+moments")
+LONGEST = 110  # letters of a refusal that a table shows
 ADAPTED = {"gpt": {"batched_positions": True}}  # the same function, in a form that more tools take
 NOTES = {
     "partial": "leaves out layers it does not know: its time is of less work",
@@ -66,7 +68,7 @@ def peer(name: str, kind: str, forms: list[tuple[str, Problem]], record: Any) ->
         except Exception as refusal:
             if found.step is None:
                 reason = str(refusal) if isinstance(refusal, Refused) else first_line(refusal)
-                found.status, found.note = "refused", found.note or reason
+                found.status, found.note = "refused", found.note or reason[:LONGEST]
             continue
         if found.step is None or status != "wrong":
             found.step, found.status, found.note, found.error = step, status, note, error

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from gradstats.errors import InvalidArgumentError
+from gradstats.errors import InvalidArgumentError, first_line
 from gradstats.workbench.critical.branches import optimizer_of
-from gradstats.workbench.factory import first_line
 from gradstats.workbench.workload import Workload
 
 __all__ = ["load_checkpoint", "save_checkpoint"]

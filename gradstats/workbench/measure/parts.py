@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gradstats.errors import GradStatsError, InvalidArgumentError
+from gradstats.errors import GradStatsError, InvalidArgumentError, first_line
 from gradstats.fallback import FallbackWarning
 from gradstats.loggers import Log, Row, Sink
 from gradstats.machine import available_bytes
@@ -21,7 +21,6 @@ from gradstats.monitor import Monitor
 from gradstats.stats import Coverage, GradStats
 from gradstats.step_time import StepTime
 from gradstats.timing import measure_step
-from gradstats.workbench.factory import first_line
 from gradstats.workbench.measure.overhead import Overhead, compare_steps
 from gradstats.workbench.measure.result import LayerNoise, Measurement, Settings, Stopped
 from gradstats.workbench.workload import Workload

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 
 import gradstats
-from gradstats.errors import GradStatsError, InvalidArgumentError
+from gradstats.errors import GradStatsError, InvalidArgumentError, first_line
 from gradstats.kept import kept
-from gradstats.workbench.factory import first_line
 from gradstats.workbench.sweep.settings import Settings
 from gradstats.workbench.sweep.state import fingerprint, load_seeded
 from gradstats.workbench.workload import Workload

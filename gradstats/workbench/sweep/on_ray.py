@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradstats.errors import GradStatsError
-from gradstats.workbench.factory import first_line
+from gradstats.errors import GradStatsError, first_line
 from gradstats.workbench.sweep.runners import Setup, handle
 from gradstats.workbench.sweep.training import train
 from gradstats.workbench.sweep.trial import Event, Trial

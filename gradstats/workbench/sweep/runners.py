@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from gradstats.errors import InvalidArgumentError
+from gradstats.errors import InvalidArgumentError, first_line
 from gradstats.kept import kept
-from gradstats.workbench.factory import first_line
 from gradstats.workbench.sweep.store import Store
 from gradstats.workbench.sweep.training import train
 from gradstats.workbench.sweep.trial import Event, Trial

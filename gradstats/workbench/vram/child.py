@@ -23,8 +23,7 @@ def main() -> None:
     def emit(**event: Any) -> None:
         os.write(descriptor, (json.dumps(event) + "\n").encode())
 
-    from gradstats.errors import GradStatsError
-    from gradstats.workbench.factory import first_line
+    from gradstats.errors import GradStatsError, first_line
     from gradstats.workbench.vram.limits import end_with_parent, ran_out
 
     end_with_parent()
