@@ -27,9 +27,10 @@ from gradstats.kernels import (
     _common,
     conv_stats,
     embedding_stats,
+    group_norm_stats,
+    layer_norm_stats,
     linear_config,
     linear_stats,
-    norm_stats,
     tied_cross,
 )
 from gradstats.kernels.schedule import Schedule
@@ -166,7 +167,7 @@ def norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             scale = torch.empty(d, dtype=dtype, device="meta")
             yield (
                 f"layer_norm D={d} {TYPES[dtype]}",
-                lambda x=x, s=stat, w=scale: norm_stats.layer_norm_stats(
+                lambda x=x, s=stat, w=scale: layer_norm_stats.layer_norm_stats(
                     x, x, s, s, w, True, True, True, True
                 ),
             )
@@ -175,7 +176,7 @@ def norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         scale = torch.empty(256, dtype=dtype, device="meta")
         yield (
             f"group_norm S=1024 {TYPES[dtype]}",
-            lambda x=x, s=stat, w=scale: norm_stats.group_norm_stats(
+            lambda x=x, s=stat, w=scale: group_norm_stats.group_norm_stats(
                 x, x, s, s, w, True, True, True, True
             ),
         )

@@ -25,14 +25,10 @@ from gradstats.errors import BackendError, InvalidArgumentError
 Name = Literal["auto", "reference", "cpu", "triton", "cuda"]
 NAMES: tuple[str, ...] = get_args(Name)
 
-_TRITON = {  # operation -> module of gradstats.kernels
-    "linear_stats": "linear_stats",
-    "layer_norm_stats": "norm_stats",
-    "group_norm_stats": "norm_stats",
-    "embedding_stats": "embedding_stats",
-    "conv_stats": "conv_stats",
-    "tied_cross": "tied_cross",
-}
+_TRITON = (  # in a module of gradstats.kernels of the same name
+    "linear_stats", "layer_norm_stats", "group_norm_stats", "embedding_stats", "conv_stats",
+    "tied_cross",
+)  # fmt: skip
 _CUDA = ("multi_sq_norm",)
 # Never run on a GPU yet, so an automatic choice takes Triton; use("cuda") takes these.
 _CUDA_BY_NAME = ("linear_stats",)
@@ -187,7 +183,7 @@ def _resolve(op: str, device: str, dtype: torch.dtype, wanted: str) -> Callable[
     name = _choose(op, device, dtype, wanted)
     module: Any = extension()[0]
     if name == "triton":
-        module = importlib.import_module(f"gradstats.kernels.{_TRITON[op]}")
+        module = importlib.import_module(f"gradstats.kernels.{op}")
     elif name == "reference":
         module = reference
     return getattr(module, f"{op}_cuda" if name == "cuda" else op)  # type: ignore[no-any-return]

@@ -85,7 +85,8 @@ class Geometry:
             self._pending.clear()
             self._found.clear()
             self.names = names
-        rows = [getattr(self, f"_{kind}")(stats) for kind in self._options.geometry]
+        read = {"plain": self._plain, "adam": self._adam, "sign": self._sign}
+        rows = [read[kind](stats) for kind in self._options.geometry]
         self._pending.append((stats.samples, torch.stack(rows)))
 
     def _plain(self, stats: GradStats) -> Tensor:

@@ -115,7 +115,7 @@ def check_linear_extremes(shape):
 
 
 def layer_norm(x, g, scale, rms, *flags):
-    from gradstats.kernels.norm_stats import layer_norm_stats
+    from gradstats.kernels.layer_norm_stats import layer_norm_stats
 
     mean = None if rms else x.float().mean(-1)
     rstd = (x.float().square().mean(-1) + 1e-5).rsqrt()  # any factor will do
@@ -164,7 +164,7 @@ def check_norm_without_elements(shape):
 
 
 def group_norm(x, g, groups, scale, *flags):
-    from gradstats.kernels.norm_stats import group_norm_stats
+    from gradstats.kernels.group_norm_stats import group_norm_stats
 
     grouped = x.float().reshape(x.shape[0], groups, -1)
     mean, rstd = grouped.mean(-1), (grouped.var(-1, unbiased=False) + 1e-5).rsqrt()
@@ -183,8 +183,8 @@ def check_group_norm(case, dtype):
 
 def check_refusals():
     from gradstats.errors import BackendError
+    from gradstats.kernels.layer_norm_stats import layer_norm_stats
     from gradstats.kernels.linear_stats import linear_stats
-    from gradstats.kernels.norm_stats import layer_norm_stats
 
     x = torch.randn(2, 3, 4)
     with pytest.raises(BackendError, match=r"x has dtype torch\.float64"):

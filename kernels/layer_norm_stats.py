@@ -1,4 +1,4 @@
-"""Backward of LayerNorm and RMSNorm with per-sample statistics (GroupNorm: group_norm.py).
+"""Backward of LayerNorm and RMSNorm with per-sample statistics.
 
 One read of x and g: dx is written in the pass that sums each sample's contributions to scale and
 shift. These sums go to a slab, which a second kernel reduces in a fixed order.
@@ -15,11 +15,8 @@ from torch import Tensor
 
 from gradstats.kernels import _common
 from gradstats.kernels._common import cdiv, next_power_of_2
-from gradstats.kernels.group_norm import group_norm_stats
 from gradstats.kernels.norm_common import check, new_slab, reduce_slab
 from gradstats.reference import NormStats
-
-__all__ = ["group_norm_stats", "layer_norm_stats"]
 
 MAX_WIDTH = 8192  # a row and two running sums must fit in one program's registers
 TILE = 2048  # elements of x a program holds at a time, four programs on a multiprocessor
