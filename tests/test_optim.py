@@ -43,6 +43,24 @@ def backward(model: nn.Module, seed: int, n: int = 8) -> None:
     model(x).square().sum(1).mean().backward()
 
 
+def whole_and_resumed(make, train, place):
+    """The optimizers of one run and of one that went on from a file in the middle: same weights, to the bit.
+
+    `make` gives (model, monitor, optimizer), `train` takes that and seeds.
+    """
+    whole, half, fresh = make(), make(), make()
+    train(whole, range(8))
+    train(half, range(4))
+    torch.save([half[0].state_dict(), half[2].state_dict()], place)
+    weights, state = torch.load(place, weights_only=True)
+    fresh[0].load_state_dict(weights)
+    fresh[2].load_state_dict(state)
+    train(fresh, range(4, 8))
+    for a, b in zip(whole[0].parameters(), fresh[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+    return whole[2], fresh[2]
+
+
 # --- AdaScale -------------------------------------------------------------------------------------
 
 
@@ -174,19 +192,9 @@ def test_adascale_goes_on_exactly_from_a_checkpoint(tmp_path):
             ada.step()
             ada.schedule_steps()
 
-    whole, half = make(), make()
-    train(whole, range(8))
-    train(half, range(4))
-    torch.save([half[0].state_dict(), half[2].state_dict()], tmp_path / "state")
-    fresh = make()
-    weights, state = torch.load(tmp_path / "state", weights_only=True)
-    fresh[0].load_state_dict(weights)
-    fresh[2].load_state_dict(state)
-    train(fresh, range(4, 8))
-    assert whole[2].gain == fresh[2].gain > 1
-    assert whole[2].scale_invariant_steps == fresh[2].scale_invariant_steps
-    for a, b in zip(whole[0].parameters(), fresh[0].parameters(), strict=True):
-        assert torch.equal(a, b)
+    whole, fresh = whole_and_resumed(make, train, tmp_path / "state")
+    assert whole.gain == fresh.gain > 1
+    assert whole.scale_invariant_steps == fresh.scale_invariant_steps
 
 
 def test_adascale_refuses_what_does_not_fit():
@@ -310,17 +318,7 @@ def test_per_sample_adam_goes_on_exactly_from_a_checkpoint(tmp_path):
             adam.observe(monitor.step())
             adam.step()
 
-    whole, half = make(), make()
-    train(whole, range(6))
-    train(half, range(3))
-    torch.save([half[0].state_dict(), half[2].state_dict()], tmp_path / "state")
-    fresh = make()
-    weights, state = torch.load(tmp_path / "state", weights_only=True)
-    fresh[0].load_state_dict(weights)
-    fresh[2].load_state_dict(state)
-    train(fresh, range(3, 6))
-    for a, b in zip(whole[0].parameters(), fresh[0].parameters(), strict=True):
-        assert torch.equal(a, b)
+    whole_and_resumed(make, train, tmp_path / "state")
 
 
 def test_per_sample_adam_refuses_what_does_not_fit():

@@ -22,6 +22,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def two_steps_match(monitor, model, batch, true, run=None):  # type: ignore[no-untyped-def]
+    """Steps of the model (or of `run`, what was compiled of it); the last one's record."""
+    for _ in range(2):
+        model.zero_grad()
+        token_loss(run or model, batch).backward()
+        stats = monitor.step()
+        assert_matches(stats, true, 1e-5)
+    return stats
+
+
 class Masking(nn.Module):
     """A learned token in the place of hidden ones, a table of positions, a slice of another."""
 
@@ -77,12 +87,8 @@ def test_every_position_is_a_sample(name: str) -> None:
     model = make()
     true = per_token_gradients(model, batch)
     monitor = gradstats.attach(model, sample="token", moments=True)
-    for _ in range(2):
-        model.zero_grad()
-        token_loss(model, batch).backward()
-        stats = monitor.step()
-        assert_matches(stats, true, 1e-5)
-        assert set(stats.grad_var) == set(true)
+    stats = two_steps_match(monitor, model, batch, true)
+    assert set(stats.grad_var) == set(true)
     assert not monitor.fallbacks()
 
 
@@ -93,10 +99,7 @@ def test_a_tied_head_has_its_cross_term(compiled: bool) -> None:
     true = per_token_gradients(model, IDS)
     monitor = gradstats.attach(model, sample="token")
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-    for _ in range(2):
-        model.zero_grad()
-        token_loss(run, IDS).backward()
-        assert_matches(monitor.step(), true, 1e-5)
+    two_steps_match(monitor, model, IDS, true, run=run)
 
 
 def test_a_tied_head_with_moments_is_not_covered() -> None:
@@ -114,10 +117,7 @@ def test_flattened_rows_stay_with_their_position(flatten: str) -> None:
     flat.load_state_dict(plain.state_dict())
     true = per_token_gradients(plain, IDS)
     monitor = gradstats.attach(flat, sample="token", moments=True)
-    for _ in range(2):
-        flat.zero_grad()
-        token_loss(flat, IDS).backward()
-        assert_matches(monitor.step(), true, 1e-5)
+    two_steps_match(monitor, flat, IDS, true)
 
 
 @pytest.mark.parametrize("name", ["language model", "raw parameters", "heads", "masking"])
@@ -128,10 +128,7 @@ def test_compiled(name: str) -> None:
     true = per_token_gradients(model, batch)
     monitor = gradstats.attach(model, sample="token", moments=True)
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for _ in range(2):
-        model.zero_grad()
-        token_loss(run, batch).backward()
-        assert_matches(monitor.step(), true, 1e-5)
+    two_steps_match(monitor, model, batch, true, run=run)
 
 
 def test_the_self_check_passes() -> None:
@@ -276,10 +273,7 @@ def test_as_many_features_as_positions(sequences: int) -> None:
     model, batch = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), Block(5)), ROWS[:sequences]
     true = per_token_gradients(model, batch)
     monitor = gradstats.attach(model, sample="token", moments=True)
-    for _ in range(2):
-        model.zero_grad()
-        token_loss(model, batch).backward()
-        assert_matches(monitor.step(), true, 1e-5)
+    two_steps_match(monitor, model, batch, true)
 
 
 class Table(nn.Module):

@@ -35,8 +35,8 @@ class Logged:
         if last is None:
             return None
         about, skipped = self.about, _count(last.get("num_skipped"))
-        ends = [_number(last.get(f"noise_scale_{end}")) for end in ("low", "high")]
-        coverage = _number(last.get("coverage"))
+        ends = [number(last.get(f"noise_scale_{end}")) for end in ("low", "high")]
+        coverage = number(last.get("coverage"))
         return NoiseScale.from_dict(
             {
                 "value": _known(last.get("noise_scale")),
@@ -44,7 +44,7 @@ class Logged:
                 "high": _known(ends[1]),
                 "confidence": about.confidence or CONFIDENCE,
                 "num_samples": _count(last.get("num_samples", last.get("samples"))),
-                "num_steps": _count(last.get("num_steps", _number(last.get("step")) - skipped)),
+                "num_steps": _count(last.get("num_steps", number(last.get("step")) - skipped)),
                 "num_skipped": skipped,
                 "tr_sigma": _known(last.get("tr_sigma")),
                 "true_grad_sq_norm": _known(last.get("true_grad_sq_norm")),
@@ -57,7 +57,7 @@ class Logged:
 
     def present(self, key: str) -> float | None:
         """The last finite number under `key`, None where there is none."""
-        values = (_number(row.get(key)) for row in reversed(self.rows))
+        values = (number(row.get(key)) for row in reversed(self.rows))
         return next((value for value in values if math.isfinite(value)), None)
 
     def recommend(self, *, max_micro_batch_size: int | None = None) -> BatchSizeAdvice | None:
@@ -113,7 +113,7 @@ def entry_of(line: str) -> dict[str, Any] | About | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     step = entry.get("step") if isinstance(entry, dict) else None
-    return entry if math.isfinite(_number(step)) else None
+    return entry if math.isfinite(number(step)) else None
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -126,7 +126,7 @@ def _lines(path: Path) -> Iterator[str]:
         raise InvalidArgumentError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """A float; NaN for what is no number (null, text, true) or too large for one."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
@@ -137,11 +137,11 @@ def _number(value: Any) -> float:
 
 
 def _known(value: Any) -> float | None:
-    number = _number(value)
-    return None if math.isnan(number) else number
+    known = number(value)
+    return None if math.isnan(known) else known
 
 
 def _count(value: Any) -> int:
     """A whole number of at least 0; 0 where it is not known."""
-    number = _number(value)
-    return round(max(0.0, number)) if math.isfinite(number) else 0
+    known = number(value)
+    return round(max(0.0, known)) if math.isfinite(known) else 0

@@ -10,7 +10,8 @@ from typing import Any
 from gradstats.advice import scale_learning_rate
 from gradstats.estimators import NoiseScale
 from gradstats.loggers import Logged
-from gradstats.workbench.report.inputs import Input, Run, number
+from gradstats.loggers.reading import number
+from gradstats.workbench.report.inputs import Input, Run
 
 __all__ = ["Basis", "basis_of_measure", "basis_of_run", "memory_cap", "runs_of"]
 

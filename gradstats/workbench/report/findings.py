@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gradstats.estimators import NoiseScale
+from gradstats.loggers.reading import number
 from gradstats.words import readable
 from gradstats.workbench.report.advice_of import Basis
-from gradstats.workbench.report.inputs import Input, number, objects
+from gradstats.workbench.report.inputs import Input, objects
 
 __all__ = [
     "Fact",

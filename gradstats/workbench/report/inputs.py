@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from gradstats.errors import InvalidArgumentError
 from gradstats.loggers import About, read_log
+from gradstats.loggers.reading import number
 from gradstats.workbench import saved
 
-__all__ = ["KINDS", "Input", "Run", "guarded", "number", "numbers", "objects", "read"]
+__all__ = ["KINDS", "Input", "Run", "guarded", "numbers", "objects", "read"]
 
 # Kinds of result files, and the lists of objects that each must hold.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -79,16 +80,6 @@ class Run:
     def keys(self) -> list[str]:
         """What rows hold, in the order of the first row that has it."""
         return list(dict.fromkeys(key for row in self.rows for key in row))
-
-
-def number(value: Any) -> float:
-    """A float; NaN for what is no number (null, text, true) or too large for one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan
 
 
 def numbers(values: Any) -> Array:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from gradstats.loggers.reading import number
 from gradstats.words import readable
 from gradstats.workbench.report.figures import Axis, Bar, Bars, Figure, Line, Mark, Section, Table
-from gradstats.workbench.report.inputs import Input, number, numbers, objects
+from gradstats.workbench.report.inputs import Input, numbers, objects
 
 __all__ = ["bench", "environment", "memory", "overhead", "step_time"]
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from gradstats.loggers.reading import number
 from gradstats.words import readable
 from gradstats.workbench.report.figures import Axis, Bar, Bars, Figure, Line, Mark, Section
-from gradstats.workbench.report.inputs import Run, number, objects
+from gradstats.workbench.report.inputs import Run, objects
 from gradstats.workbench.report.runs import SAMPLES, SHARE, of
 from gradstats.workbench.report.thinning import kept_indices
 

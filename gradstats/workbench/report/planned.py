@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from gradstats.loggers.reading import number
 from gradstats.words import readable
 from gradstats.workbench.report.figures import Section, Table
-from gradstats.workbench.report.inputs import Input, number
+from gradstats.workbench.report.inputs import Input
 
 __all__ = ["plan"]
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradstats.loggers.reading import number
 from gradstats.words import readable
 from gradstats.workbench.report.figures import Axis, Cell, Figure, Line, Section, Table
-from gradstats.workbench.report.inputs import Input, number, numbers, objects
+from gradstats.workbench.report.inputs import Input, numbers, objects
 from gradstats.workbench.report.runs import SAMPLES, hours
 from gradstats.workbench.report.thinning import POINTS
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gradstats.loggers.reading import number
 from gradstats.words import readable
 from gradstats.workbench.report.advice_of import Basis
-from gradstats.workbench.report.inputs import Input, Run, number
+from gradstats.workbench.report.inputs import Input, Run
 from gradstats.workbench.report.thinning import POINTS
 
 __all__ = ["Remark", "remarks"]

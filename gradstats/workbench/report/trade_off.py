@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from gradstats.estimators import samples_ratio, steps_ratio
+from gradstats.loggers.reading import number
 from gradstats.words import readable
 from gradstats.workbench.report.advice_of import Basis
 from gradstats.workbench.report.figures import Axis, Figure, Line, Mark, Section, Table
-from gradstats.workbench.report.inputs import number, numbers, objects
+from gradstats.workbench.report.inputs import numbers, objects
 
 __all__ = ["trade_off"]
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from gradstats.loggers.reading import number
 from gradstats.words import readable
 from gradstats.workbench.report.figures import Axis, Figure, Line, Mark, Section, Table
-from gradstats.workbench.report.inputs import Input, number, numbers
+from gradstats.workbench.report.inputs import Input, numbers
 from gradstats.workbench.report.runs import SAMPLES
 from gradstats.workbench.report.thinning import kept_indices
 
