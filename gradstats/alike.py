@@ -12,11 +12,14 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 
 class Results(NamedTuple):
+    """What a run of a module gave."""
+
     outputs: list[Tensor]
     gradients: list[Tensor]  # of a fixed function of the outputs, by parameter
 
 
 def tensors(tree: Any) -> list[Tensor]:
+    """The tensors in a nest of tuples, lists and dicts, in order."""
     return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
 
 

@@ -51,6 +51,7 @@ class BatchSizeAdvice(CurvePoint):
 
     @property
     def present_batch_size(self) -> int:
+        """Samples of a step at present, over all ranks."""
         return self.present.batch_size
 
     def to_dict(self) -> dict[str, Any]:

@@ -47,10 +47,12 @@ class Calibration:
         return f"calibration {readable(self.value)} ({range_}), measured in {self.steps} steps"
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields, as plain numbers."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Calibration:
+        """From `to_dict()`."""
         return cls(**state)
 
     def apply(self, noise: NoiseScale) -> NoiseScale:

@@ -48,14 +48,17 @@ def tensors_in(*values: object) -> list[Tensor]:
 
 
 def named(path: str) -> str:
+    """A module by its path, in words."""
     return f"layer {path!r}" if path else "the model"
 
 
 def within(name: str, path: str) -> bool:
+    """Whether the parameter `name` is in the module at `path`."""
     return path == "" or name.startswith(path + ".")
 
 
 def function_name(func: Any) -> str:
+    """What a torch function is called; of a property, its own name."""
     name = getattr(func, "__name__", repr(func))
     return name if name != "__get__" else getattr(func.__self__, "__name__", name)
 
@@ -72,11 +75,13 @@ def require_no_capture() -> None:
 
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """torch's, on the CPU and on `device` where that is a CUDA device."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return torch.get_rng_state(), cuda
 
 
 def restore_random_state(state: tuple[Tensor, Tensor | None] | None) -> None:
+    """Put back what `random_state` gave; nothing for None."""
     if state is not None:
         torch.set_rng_state(state[0])
         if state[1] is not None:

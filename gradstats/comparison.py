@@ -35,6 +35,7 @@ class Progress:
 
     @property
     def samples(self) -> int:
+        """Samples shown in all of its steps."""
         return self.batch_size * self.steps
 
 

@@ -41,6 +41,7 @@ def owner_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
 
 
 def initialised() -> bool:
+    """Whether torch.distributed runs with more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -97,6 +98,7 @@ def require_alike(described: str, size: int, group: Any, device: torch.device) -
 
 
 def all_gather(every: Tensor, own: Tensor, group: Any) -> None:
+    """Every rank's `own` (n,) into `every` (W·n,), under the name that this torch has for it."""
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     getattr(dist, name)(every, own, group=group)
 
@@ -107,6 +109,7 @@ def whole(grad: Tensor) -> Tensor:
 
 
 def sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor: this process holds a part of it, or a copy that torch keeps alike."""
     return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements")
 
 
@@ -119,6 +122,7 @@ def _in_fsdp(model: nn.Module, name: str) -> bool:
 
 
 def tensor_parallel(name: str) -> str:
+    """Why such a parameter is refused, in words."""
     return (
         f"parameter {name!r} is distributed otherwise than by fully_shard, as for tensor or sequence "
         "parallelism: each rank then holds a part of every sample's gradient, and the squares of "

@@ -49,6 +49,7 @@ class Recorder(TorchFunctionMode):
         self._paths: list[str] = [""]
 
     def enter(self, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the module at `path`; what it meets is noted under that path."""
         self._paths.append(path)
         try:
             return original(*args, **kwargs)
@@ -88,6 +89,7 @@ class State:
         self._buffers = {name: b.clone() for name, b in module.named_buffers()}
 
     def restore(self) -> None:
+        """Put both back."""
         restore_random_state(self._random)
         for name, buffer in self._module.named_buffers():
             if name in self._buffers:

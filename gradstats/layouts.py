@@ -24,6 +24,7 @@ class Layout(NamedTuple):
 
     @property
     def batch_size(self) -> int:
+        """Samples of a step, over all ranks and micro-batches."""
         return self.micro_batch_size * self.accumulation_steps * self.world_size
 
 

@@ -93,12 +93,14 @@ class BufferWeights:
         return own, step.inner / self.total
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields, as plain numbers."""
         state = asdict(self)
         state["last"] = None if self.last is None else list(self.last)
         return state
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> BufferWeights:
+        """From `to_dict()`."""
         known = {f.name: state[f.name] for f in fields(cls)}
         known["last"] = None if state["last"] is None else tuple(state["last"])
         return cls(**known)

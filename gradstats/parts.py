@@ -103,6 +103,8 @@ class Call:
 
 
 class Reached(Protocol):
+    """Called when a backward, `task`, begins to propagate through `call`."""
+
     def __call__(self, call: Call, task: int, again: bool) -> None: ...
 
 
@@ -191,4 +193,5 @@ class Forwards:
             self._told = before
 
     def close(self) -> None:
+        """Look no longer."""
         self._handle.remove()

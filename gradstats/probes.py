@@ -101,10 +101,12 @@ def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def new_leaf(params: int, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(P, B + 1) zeros that take the gradients of the rows."""
     return torch.zeros(params, batch + 1, dtype=dtype, device=device, requires_grad=True)
 
 
 def new_m2_leaf(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros shaped like the parameter, of stride 0."""
     zero = torch.zeros((), dtype=dtype, device=param.device)
     return zero.expand(param.shape).detach().requires_grad_()
 
@@ -177,6 +179,7 @@ class Delivery:
     number: Tensor | None = None  # 0-d, of the forward, where it ran in a compiled graph
 
     def gradient(self) -> Tensor:
+        """(P, B + 1) what was delivered."""
         rows = self.rows if self.leaf is None else self.leaf.grad
         assert rows is not None
         return rows

@@ -128,6 +128,7 @@ class Ranks:
         self._sums.clear()
 
     def close(self) -> None:
+        """Look no longer at gradients."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

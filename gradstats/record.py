@@ -260,11 +260,13 @@ def _trainable(
 # Kept, because a copy to the device waits for it. Functions of their own: (0, 1) == (False, True) as a key.
 @lru_cache(maxsize=64)
 def indices_on(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    """(n,) int64."""
     return torch.tensor(indices, dtype=torch.long, device=device)
 
 
 @lru_cache(maxsize=64)
 def flags_on(flags: tuple[bool, ...], device: torch.device) -> Tensor:
+    """(n,) bool."""
     return torch.tensor(flags, device=device)
 
 

@@ -59,6 +59,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
+        """Whether everything trainable is measured and exact."""
         return not self.problems
 
     @property
@@ -114,6 +115,7 @@ class CheckReport:
 
     @property
     def headings(self) -> tuple[str, str, str, str, str]:
+        """Of the columns of `rows()`."""
         return "parameter", "module", "measured by", f"error, {self.dtype}", "error, float64"
 
     def remarks(self) -> list[str]:

@@ -45,10 +45,12 @@ class Series:
         )
 
     def state_dict(self) -> dict[str, Any]:
+        """Its columns, as plain numbers."""
         counts, tr_sigma, true_grad = self.read()
         return {"num_samples": counts, "tr_sigma": tr_sigma, "true_grad_sq_norm": true_grad}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`."""
         self.pending.clear()
         self._read.clear()
         columns = (state[key] for key in ("num_samples", "tr_sigma", "true_grad_sq_norm"))

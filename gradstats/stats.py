@@ -100,6 +100,7 @@ class Coverage:
 
     @property
     def measured(self) -> tuple[str, ...]:
+        """Names of the parameters that were measured."""
         mask = self.measured_mask.tolist()
         return tuple(n for n, ok in zip(self.names, mask, strict=True) if ok)
 

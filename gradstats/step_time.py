@@ -103,6 +103,7 @@ class StepTime:
 
     @property
     def min_micro_batch_size(self) -> int:
+        """The smallest micro-batch that was timed."""
         return min(p.micro_batch_size for p in self.points)
 
     def to_dict(self) -> dict[str, Any]:

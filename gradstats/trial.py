@@ -105,6 +105,7 @@ class Trial:
         self.tolerance = TOLERANCES.get(self.kind, max(TOLERANCES.values()))
 
     def fresh(self) -> nn.Module:
+        """A copy of the model in the dtype of these runs. Raises InvalidArgumentError where it has none."""
         try:
             twin = copy.deepcopy(self.model)
         except Exception as error:
