@@ -9,108 +9,21 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gradstats.errors import InvalidArgumentError
-from gradstats.words import readable, sentence
+from gradstats.noise import NoiseScale
+from gradstats.words import readable
 
 __all__ = ["NoiseScale", "noise_scale", "readable", "samples_ratio", "steps_ratio"]
 
-WIDEST_USEFUL = 10.0  # an interval whose ends differ by more than this factor decides nothing
 DEFAULT_HALF_LIFE = 500.0
 MOST_COSINES = 40  # Student's t with so many degrees of freedom is within 3% of the normal
 FEWEST_STEPS = 12  # with fewer, the drift at the start of a training passes for a mean
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class NoiseScale:
-    """Gradient noise scale ``tr_sigma / true_grad_sq_norm``, in samples, and how far to trust it.
-
-    ``low`` and ``high`` hold the true value with probability ``confidence``; ``high`` is ``inf``
-    where the data set no upper end. ``value`` is ``inf`` where the smoothed ``|G|²`` is not above
-    zero, ``nan`` where nothing usable was measured. ``num_samples`` counts the samples of the
-    ``num_steps`` used steps; ``num_skipped`` steps were left out (not finite, or fewer than two
-    samples). ``coverage`` is the fraction of the trainable parameters that was measured. ``method`` is
-    that of ``attach``; ``calibration`` the factor that a proxy's noise scale was multiplied by, ``None``
-    where it was not. ``tokens_per_sample``: tokens that a sample holds on average, where known.
-    ``note``: what else is to be said of it.
-    ``geometry``: see ``attach``; in others than "plain", the ratio of ``tr_sigma`` to ``true_grad_sq_norm``
-    is of what stands for them there (for "sign", its root).
-    """
-
-    value: float
-    low: float
-    high: float
-    confidence: float
-    num_samples: int
-    num_steps: int
-    num_skipped: int
-    tr_sigma: float
-    true_grad_sq_norm: float
-    coverage: float = 1.0
-    method: str = "per_sample"
-    calibration: float | None = None
-    tokens_per_sample: float | None = None
-    note: str = ""
-    geometry: str = "plain"
-
-    @property
-    def actionable(self) -> bool:
-        """Whether a batch size can be chosen by it.
-
-        The value is finite, its interval narrow enough, and it is not a proxy without calibration.
-        """
-        known = math.isfinite(self.value) and self.high <= WIDEST_USEFUL * self.low
-        return known and not self.uncalibrated
-
-    @property
-    def uncalibrated(self) -> bool:
-        """Whether it is of a part of the model, and not known how to bring it to the whole."""
-        return self.method == "norm_layers" and self.calibration is None
-
-    @property
-    def tokens(self) -> float | None:
-        """The value in tokens, where it is known how many a sample holds."""
-        return None if self.tokens_per_sample is None else self.value * self.tokens_per_sample
-
-    def per(self, tokens: float) -> NoiseScale:
-        """Of samples that are means over so many tokens each, where this is of tokens.
-
-        Their variance is a ``tokens``-th of a token's, and so is the noise scale. Counts stay.
-        """
-        scaled = {k: getattr(self, k) / tokens for k in ("value", "low", "high", "tr_sigma")}
-        return replace(self, **scaled)
-
-    def to_dict(self) -> dict[str, float | int | str | None]:
-        """The fields as JSON can hold them: what is not finite becomes ``None``."""
-        return {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in asdict(self).items()
-        }
-
-    @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> NoiseScale:
-        """From `to_dict()`. Raises InvalidArgumentError for something else."""
-        known = {k: state[k] for k in cls.__dataclass_fields__ if k in state}
-        for name in ("value", "high", "tr_sigma", "true_grad_sq_norm"):  # null: it was not finite
-            if known.get(name) is None:
-                known[name] = math.inf if name == "high" else math.nan
-        if math.isnan(known["value"]) and known["tr_sigma"] > 0 >= known["true_grad_sq_norm"]:
-            known["value"] = math.inf
-        try:
-            return cls(**known)
-        except TypeError as error:
-            raise InvalidArgumentError(f"this is no noise scale: {error}") from error
-
-    def __str__(self) -> str:
-        return sentence(self)
 
 
 def noise_scale(

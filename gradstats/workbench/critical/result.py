@@ -9,7 +9,8 @@ from typing import Any
 
 from gradstats.calibration import Calibration
 from gradstats.errors import InvalidArgumentError
-from gradstats.estimators import WIDEST_USEFUL, NoiseScale, readable
+from gradstats.estimators import NoiseScale, readable
+from gradstats.noise import WIDEST_USEFUL
 
 __all__ = ["Branch", "Critical", "Run", "Tolerance", "smoothed"]
 
