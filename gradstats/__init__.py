@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from gradstats.cadence import Budget
     from gradstats.checking import check
     from gradstats.comparison import Comparison, compare
-    from gradstats.estimators import NoiseScale
     from gradstats.grouped_loader import GroupedLoader
     from gradstats.hessian import Curvature, curvature
     from gradstats.loader import StepLoader
     from gradstats.loggers import Log
     from gradstats.monitor import Monitor, attach
+    from gradstats.noise import NoiseScale
     from gradstats.report import CheckReport
     from gradstats.rules import rule
     from gradstats.scaling import BatchScaling
@@ -45,7 +45,7 @@ _LAZY = {
     "attach": "monitor",
     "Monitor": "monitor",
     "GradStats": "stats",
-    "NoiseScale": "estimators",
+    "NoiseScale": "noise",
     "BatchSizeAdvice": "batch_advice",
     "recommend": "advice",
     "Budget": "cadence",
