@@ -26,7 +26,7 @@ def two_steps_match(monitor, model, batch, true, run=None):  # type: ignore[no-u
     """Steps of the model (or of `run`, what was compiled of it); the last one's record."""
     for _ in range(2):
         model.zero_grad()
-        token_loss(run or model, batch).backward()
+        token_loss(model if run is None else run, batch).backward()
         stats = monitor.step()
         assert_matches(stats, true, 1e-5)
     return stats
