@@ -115,7 +115,7 @@ class Training:
         begin = time.perf_counter()
         for _ in range(self._parts):
             loss = self.workload.loss(next(self._batches))
-            (loss / self._parts).backward()  # type: ignore[no-untyped-call]
+            (loss / self._parts).backward()
             self._loss += loss.detach()
         stats = None if self.monitor is None else self.monitor.step()
         self.optimizer.step()
@@ -233,7 +233,7 @@ class Training:
                 "monitor": None if self.monitor is None else self.monitor.state_dict(),
                 "loss": (self._loss, self._losses),
                 "clock": (self._plain, self._timed),
-                "random": (python, (numbers[0], numbers[1].tolist(), *numbers[2:])),  # type: ignore[union-attr, index]
+                "random": (python, (numbers[0], numbers[1].tolist(), *numbers[2:])),  # type: ignore[index]
                 "torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
             }
