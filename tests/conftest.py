@@ -19,6 +19,11 @@ settings.register_profile("ci", derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_runtest_setup() -> None:
+    """The same weights and data in every run, alone or after other tests; few seed for themselves."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def command_line(monkeypatch, capsys):
     """Runs `gradstats` with these arguments: its exit code, standard output and standard error."""

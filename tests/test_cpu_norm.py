@@ -232,12 +232,8 @@ def test_equal_samples(kind: str, samples: int, threads: int) -> None:
         g, x, mean, rstd, scale = group_case(1, 8, 20, 2, torch.float32, True)
         run = C.group_norm_stats
     case = [t.expand(samples, *t.shape[1:]) for t in (g, x, mean, rstd)]
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with num_threads(threads):
         _, dw, db, _, _, w_m2, b_m2 = run(*case, scale, False, True, True, True)
-    finally:
-        torch.set_num_threads(before)
     for sums, m2 in ((dw, w_m2), (db, b_m2)):
         assert (m2 >= 0).all()
         assert (m2.double() <= m2_of_equal(sums.double(), samples, torch.float32)).all()

@@ -84,11 +84,8 @@ def test_every_sample_once_while_everything_changes(n, world, micro, full, data)
         assert not left
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
 def test_workers_prefetch_and_nothing_is_lost(workers, persistent):
-    if persistent and not workers:
-        pytest.skip("persistent_workers needs workers")
     loader = gradstats.StepLoader(
         numbers(50), micro_batch_size=3, batch_size=6, seed=1, num_workers=workers,
         persistent_workers=persistent,
