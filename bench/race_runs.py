@@ -16,8 +16,11 @@ from torch import nn
 import gradstats
 from gradstats import schedulers
 
-HALF_LIFE = 8.0  # measured steps; the noise scale moves while these short trainings run
-CADENCE = "sparse"  # of steps that are measured
+# Which steps are measured, and the memory in such steps: the noise scale moves in these short trainings.
+CADENCES: dict[str, dict[str, Any]] = {
+    "sparse": {"every": "sparse", "half_life": 8.0},
+    "budget": {"every": gradstats.Budget(0.02), "half_life": 5.0},
+}
 ADASCALE_HALF_LIFE = 50.0
 EVERY = 10  # steps between decisions
 WORSE = 2.0  # a held-out loss so many times the first is given up
@@ -82,11 +85,11 @@ class Method:
     adascale: int | None = None  # the base batch of AdaScale
 
 
-def follow(policy: schedulers.Policy, largest: int) -> Attach:
+def follow(policy: schedulers.Policy, largest: int, cadence: str) -> Attach:
     """A monitor and a scheduler that changes the batch, and with it the rate, by `policy`."""
 
     def attach(race: Race, model: nn.Module, optimizer: torch.optim.Optimizer, draws: Draws) -> Any:
-        monitor = gradstats.attach(model, optimizer=optimizer, half_life=HALF_LIFE, every=CADENCE)
+        monitor = gradstats.attach(model, optimizer=optimizer, **CADENCES[cadence])
         scaling = gradstats.BatchScaling(optimizer, batch_size=draws.batch_size, rule=race.rule)  # type: ignore[arg-type]
         scheduler = gradstats.BatchSizeScheduler(
             policy, draws, monitor=monitor, scaling=scaling, max_batch_size=largest, every=EVERY
@@ -181,7 +184,7 @@ def step_seconds(race: Race, rounds: int = 30) -> dict[int, float]:
     return {size: sorted(times)[len(times) // 2] for size, times in found.items()}
 
 
-def followers(race: Race, rate: float, seconds: dict[int, float]) -> list[Method]:
+def followers(race: Race, rate: float, seconds: dict[int, float], cadence: str) -> list[Method]:
     """The methods that need no tuning: they start at the base batch and its `rate`."""
     largest = max(race.batches)
     policies: dict[str, schedulers.Policy] = {
@@ -189,7 +192,7 @@ def followers(race: Race, rate: float, seconds: dict[int, float]) -> list[Method
         "noise scale × time": fastest(seconds, largest),
         "norm test": schedulers.norm_test,
     }
-    found = [Method(name, race.base, rate, follow(policy, largest))
+    found = [Method(name, race.base, rate, follow(policy, largest, cadence))
              for name, policy in policies.items()]  # fmt: skip
     if race.sgd:
         found += [Method(f"AdaScale {n * race.base}", n * race.base, rate, None, race.base)

@@ -26,7 +26,7 @@ from typing import Any
 
 import checkout
 import torch
-from race_runs import Method, Outcome, followers, run, step_seconds
+from race_runs import CADENCES, Method, Outcome, followers, run, step_seconds
 from race_tasks import RACES, Race
 
 from gradstats.workbench.bench.timing import table
@@ -64,7 +64,12 @@ def tuned(race: Race, size: int, rates: list[float], seeds: range) -> float:
 
 
 def measure(
-    race: Race, seeds: int, tuning: int, rates: tuple[float, ...], known: dict[str, Any]
+    race: Race,
+    seeds: int,
+    tuning: int,
+    rates: tuple[float, ...],
+    known: dict[str, Any],
+    cadence: str,
 ) -> dict[str, Any]:
     """`known`: methods of an earlier run, whose rates are taken where they are."""
 
@@ -82,7 +87,7 @@ def measure(
         )
         candidates = [factor * rate for factor in rates]
         fixed[size] = Method(f"fixed {size}", size, rate)
-    methods = followers(race, fixed[race.base].rate, seconds)
+    methods = followers(race, fixed[race.base].rate, seconds, cadence)
     for method in (*fixed.values(), *methods):
         outcomes[method.name] = [run(race, method, seed) for seed in range(seeds)]
         say(f"{method.name}: {mean([o.samples for o in outcomes[method.name]])[0]:,.0f} samples")
@@ -151,6 +156,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", help="instead of each race's own")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--tuned", type=Path, help="an earlier --json: take its learning rates")
+    parser.add_argument("--cadence", default="sparse", choices=CADENCES, help="of measured steps")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--target", type=float, help="instead of each race's own")
     parser.add_argument("--json", type=Path, default=checkout.RESULTS / "time_to_target_cpu.json")
@@ -163,10 +169,13 @@ def main() -> None:
         given = {k: v for k, v in changed.items() if v is not None}
         race = RACES[name]().changed(device=args.device, **given)
         known = earlier.get(name, {}).get("methods", {})
-        results[name] = measure(race, args.seeds, args.tuning_seeds, tuple(args.rates), known)
+        results[name] = measure(
+            race, args.seeds, args.tuning_seeds, tuple(args.rates), known, args.cadence
+        )
         print(report(name, results[name]), flush=True)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    found = {"environment": environment("gradstats"), "seeds": args.seeds, "races": results}
+    settings = {"seeds": args.seeds, "cadence": args.cadence}
+    found = {"environment": environment("gradstats"), **settings, "races": results}
     args.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 

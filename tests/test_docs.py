@@ -226,3 +226,44 @@ def test_the_counts_of_situations_are_those_in_the_results() -> None:
     said = "{} exact, {} refused, none wrong".format(*counts[0])
     assert f"{len(verdicts[0])} situations: {said}" in readme
     assert counts[0][2] == 0
+
+
+def test_the_steps_that_estimators_need_are_those_in_the_results() -> None:
+    page = (DOCS / "noise.md").read_text("utf-8").replace("\\|", "|")
+    results = results_of("estimators.json")
+    limit = f"> {0.9 * results['steps']:,.0f}"
+    for way, needed in results["steps_needed"].items():
+        row = [way, *(limit if n is None else f"{n:,}" for n in needed.values())]
+        assert f"| {' | '.join(row)} |" in page
+
+
+def test_the_biases_on_the_page_are_those_in_the_results_and_chance() -> None:
+    page = (DOCS / "noise.md").read_text("utf-8").replace("\\|", "|")
+    results = results_of("estimators_closed_form.json")
+    for row in results["summary"]:
+        assert f"| {' | '.join(row)} |" in page
+    for found in results["settings"].values():
+        for way, figures in found.items():
+            for column in ("tr_sigma", "true_grad_sq_norm"):
+                bias, error = figures[column]["bias"], figures[column]["error"]
+                if (way, column) != (
+                    'geometry="sign"',
+                    "tr_sigma",
+                ):  # heavy tails: the page says so
+                    assert abs(bias) < min(1, 3 * error), (way, column)
+
+
+def test_the_races_within_a_budget_are_those_in_the_results() -> None:
+    page = (DOCS / "training.md").read_text("utf-8")
+    for race, found in results_of("time_to_target_budget_cpu.json")["races"].items():
+        methods = found["methods"]
+        fixed = {m: r["seconds"]["mean"] for m, r in methods.items() if m.startswith("fixed")}
+        best = min(fixed, key=lambda method: fixed[method])
+        for method in (best, "noise scale", "noise scale × time"):
+            figures = [
+                f"{methods[method][of]['mean']:,.{digits}f} ± {methods[method][of]['half_width']:,.{digits}f}"
+                for of, digits in (("samples", 0), ("steps", 0), ("seconds", 2))
+            ]
+            over = methods[method]["seconds"]["mean"] / fixed[best]
+            called = f"{method}, the fastest fixed one" if method == best else method
+            assert f"| {race} | {called} | {' | '.join(figures)} | {over:.2f} |" in page

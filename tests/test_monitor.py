@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from biases import assert_unbiased
 from models import loss
 from oracle import assert_matches, per_sample_gradients
 from torch import nn
@@ -42,8 +43,8 @@ def test_closed_form_regression_is_unbiased_and_covered() -> None:
     noise = monitor.noise_scale()
     counts, traces, squares = monitor._read()
     assert set(counts) == {32}
-    assert sum(traces) / len(traces) == pytest.approx(tr_sigma, rel=0.01)
-    assert sum(squares) / len(squares) == pytest.approx(grad_sq, rel=0.02)
+    assert_unbiased(traces, tr_sigma, known_to=0.006)
+    assert_unbiased(squares, grad_sq, known_to=0.02)
     assert noise.low < tr_sigma / grad_sq < noise.high
     assert noise.high / noise.low < 1.2
 
