@@ -228,6 +228,25 @@ def test_reporters_get_the_numbers_beside_the_trainers_own(tmp_path) -> None:
     assert "training_step" not in trainer.__dict__
 
 
+def test_a_reporter_that_fails_ends_no_training(tmp_path, monkeypatch) -> None:
+    log = InOrder.log
+
+    def failing(self, logs, *args, **named):
+        if any(name.startswith("gradstats/") for name in logs):
+            raise ConnectionError("no route to host")
+        log(self, logs, *args, **named)
+
+    monkeypatch.setattr(InOrder, "log", failing)
+    rows: list = []
+    said = r"sink GradStatsCallback._track failed at step 1 \(ConnectionError: no route to host\)"
+    with pytest.warns(UserWarning, match=said) as warned:
+        trainer, _ = train(gpt2(), texts(), tmp_path, {"sinks": [rows_of(rows)]})
+    assert len([w for w in warned if "no route" in str(w.message)]) == 1
+    assert trainer.state.global_step == 10
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert len([row for row in trainer.state.log_history if "grad_norm" in row]) == 10
+
+
 def test_refused(tmp_path) -> None:
     with pytest.raises(InvalidArgumentError, match="needs the Trainer that it is added to"):
         GradStatsCallback()

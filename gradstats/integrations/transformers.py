@@ -124,7 +124,7 @@ class GradStatsCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             grad_scaler=trainer.accelerator.scaler,
             log_every=state.logging_steps or 10,
             first=state.is_world_process_zero,
-            tracker=lambda row, _: self._track(row),
+            tracker=self._track,
             accumulation=lambda schedule: _accumulation(args, state, schedule),
         )
         # The Trainer saves the states of the callbacks that this dictionary knows.
@@ -180,11 +180,13 @@ class GradStatsCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 self._trainer.training_step = self._own_step
             self.run.close()
 
-    def _track(self, row: Row) -> None:
+    def _track(self, row: Row, _: int) -> None:
         trainer = self._trainer
         due = trainer.control.should_log  # of the Trainer's own numbers; log() takes it for done
-        trainer.log(metrics(row, self._settings.prefix, finite=True))
-        trainer.control.should_log = due
+        try:
+            trainer.log(metrics(row, self._settings.prefix, finite=True))
+        finally:  # where a reporter fails, too
+            trainer.control.should_log = due
 
     def _fitting(self, unit: int) -> Settings:
         """The settings with a schedule that the Trainer can follow."""
