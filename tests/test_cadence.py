@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gradstats
-from gradstats.cadence import FIRST, Budget, Paid, Stopwatch
+from gradstats.cadence import FIRST, Budget, Paid, Stopwatch, stopwatch
 from gradstats.errors import InvalidArgumentError
 
 
@@ -107,6 +107,34 @@ def test_all_ranks_measure_the_steps_of_the_first() -> None:
             rank.run(1, cost=cost)
     assert ranks[0].measured == ranks[1].measured
     assert len(set(sent)) > 3
+
+
+def test_a_gpu_is_timed_by_events_that_nobody_waits_for(monkeypatch) -> None:
+    done, recorded = set(), []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            assert stream == "stream of cuda:1"
+            recorded.append(self)
+            self.at = 250.0 * len(recorded)  # milliseconds
+
+        def query(self) -> bool:
+            return self in done
+
+        def elapsed_time(self, other: Event) -> float:
+            assert {self, other} <= done
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    watch = stopwatch(torch.device("cuda", 1))
+    a, b = watch.mark(), watch.mark()
+    assert watch.seconds(a, b) is None
+    done |= {a, b}
+    assert watch.seconds(a, b) == 0.25
 
 
 def squared(model: nn.Module) -> None:

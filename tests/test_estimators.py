@@ -315,6 +315,7 @@ def test_readable(number, text):
         ({"half_life": NAN}, ["half_life=nan", "above 0"]),
         ({"confidence": 1.0}, ["confidence=1.0", "between 0 and 1"]),
         ({"coverage": 1.5}, ["coverage=1.5", "fraction from 0 to 1"]),
+        ({"decay": 1.0}, ["decay=1.0", "from 0 to below 1"]),
     ],
 )
 def test_options_out_of_range(options, parts):
