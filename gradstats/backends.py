@@ -41,7 +41,7 @@ _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
 
 _forced: str | None = None
-_wanted = os.environ.get("GRADSTATS_BACKEND", "auto")  # as `forced` last saw it
+_wanted = os.environ.get("GRADSTATS_BACKEND") or "auto"  # as `forced` last saw it
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton looks at it on import, too
 
 
@@ -75,7 +75,7 @@ def interpreting() -> bool:
 def forced() -> str:
     """The backend asked for by name, or `auto`."""
     global _wanted
-    name = _forced if _forced is not None else os.environ.get("GRADSTATS_BACKEND", "auto")
+    name = _forced if _forced is not None else (os.environ.get("GRADSTATS_BACKEND") or "auto")
     if name not in NAMES:
         raise InvalidArgumentError(
             f"backend {name!r} does not exist; GRADSTATS_BACKEND and use() take {', '.join(NAMES)}"

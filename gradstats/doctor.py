@@ -133,7 +133,7 @@ def _forced(found: dict[str, dict[str, Any]]) -> tuple[str, str | None]:
     try:
         forced = backends.forced()
     except GradStatsError as error:
-        return os.environ.get("GRADSTATS_BACKEND", "auto"), str(error)
+        return (os.environ.get("GRADSTATS_BACKEND") or "auto"), str(error)
     if forced == "auto" or found[forced]["runs"]:
         return forced, None
     why = found[forced]["why"]

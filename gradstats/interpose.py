@@ -93,6 +93,8 @@ class Interposer(Passes, Answers, TorchFunctionMode):
         self.counted: Counted | None = None  # of the forwards to come, where not all samples count
         self.layouts: dict[str, str] = {}  # of flattened inputs, by the module that met them
         self.looked = False
+        self.watching = False
+        self.displaced: dict[str, int] = {}
         self.recorder: Recorder | None = None
         self._canonical = {alias: name for name, group in aliases.items() for alias in group}
         self.owners: dict[str, dict[str, Any]] = {}  # modules' parameters, by path
@@ -136,17 +138,24 @@ class Interposer(Passes, Answers, TorchFunctionMode):
             except NeedsLayout:
                 self._look(layout.State(module, self.device), original, args, kwargs)
                 return self._enter_first(module, path, original, args, kwargs)
-        before = layout.State(module, self.device)
+        before, found = layout.State(module, self.device), False
+        self.displaced.clear()
+        self.watching = self.groups is None and self.batch_dim == 0
         try:
             out = self._enter_first(module, path, original, args, kwargs)
         except NeedsLayout:
             self._look(before, original, args, kwargs)
-            return self._enter_first(module, path, original, args, kwargs)
-        # Another dimension as long as the batch: do the samples stay apart in the one we take?
-        told = self.groups is not None or self.batch_dim != 0 or self.sequences < 2
+            found = True
+            out = self._enter_first(module, path, original, args, kwargs)
+        finally:
+            self.watching = False
+        # Another dimension as long as the batch, or another order: do the samples stay in their places?
+        told = found or self.groups is not None or self.batch_dim != 0 or self.sequences < 2
         inputs = () if told else tensors_in(*args, kwargs)
-        if any(self.sequences in t.shape[1:] for t in inputs):
-            layout.find(self, layout.State(module, self.device), original, args, kwargs)
+        displaced = self.displaced_sample()
+        if displaced is not None or any(self.sequences in t.shape[1:] for t in inputs):
+            state = layout.State(module, self.device)
+            layout.find(self, state, original, args, kwargs, displaced or 0)
         return out
 
     def _look(self, before: layout.State, original: Any, args: Any, kwargs: Any) -> None:

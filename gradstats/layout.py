@@ -103,11 +103,12 @@ def _prints(t: Tensor) -> Tensor:
 
 
 def find(
-    interposer: Any, state: State, original: Callable[..., Any], args: Any, kwargs: Any
+    interposer: Any, state: State, original: Callable[..., Any], args: Any, kwargs: Any, at: int = 0
 ) -> dict[str, str]:
     """For each module that met rows in another number than samples: how they lie.
 
-    Samples are in dimension 0. Random numbers and buffers are as `state` has them afterwards.
+    Samples are in dimension 0, and sample `at` is moved. Random numbers and buffers are as `state` has
+    them afterwards.
 
     Raises:
         BatchDimError: the rows of a sample are neither next to each other nor B apart, or the
@@ -115,8 +116,8 @@ def find(
         UnsupportedLayerError: samples influence each other.
     """
     batch = interposer.sequences
-    other = _another(tensors_in(*args, kwargs), batch)
-    values = pytree.tree_map(lambda v: _moved(v, batch, other), (args, kwargs))
+    other = _another(tensors_in(*args, kwargs), batch, at)
+    values = pytree.tree_map(lambda v: _moved(v, batch, at, other), (args, kwargs))
     before = _run(interposer, state, original, args, kwargs)
     try:
         after = _run(interposer, state, original, *values)
@@ -138,7 +139,7 @@ def find(
         rows = a.prints.shape[0]
         if rows == 0 or rows % batch:
             continue
-        layout = _layout(a, b, batch)
+        layout = _layout(a, b, batch, at)
         if rows != batch and layouts.setdefault(a.path, layout) != layout:
             raise _unknown(a.path, rows, batch)
     return layouts
@@ -193,37 +194,38 @@ def _run(
         state.restore()
 
 
-def _another(inputs: list[Tensor], batch: int) -> int:
-    """The sample that differs most from sample 0: where both are alike, moving it shows nothing."""
+def _another(inputs: list[Tensor], batch: int, at: int) -> int:
+    """The sample that differs most from sample `at`: where both are alike, moving it shows nothing."""
     for t in inputs:
         if t.dim() and t.shape[0] == batch:
-            unlike = (t != t[:1]).reshape(batch, -1).sum(1)
+            unlike = (t != t[at : at + 1]).reshape(batch, -1).sum(1)
             if unlike.any():
                 return int(unlike.argmax())
-    return 1
+    return (at + 1) % batch
 
 
-def _moved(value: Any, batch: int, other: int) -> Any:
-    """Sample `other` in the place of sample 0."""
+def _moved(value: Any, batch: int, at: int, other: int) -> Any:
+    """Sample `other` in the place of sample `at`."""
     if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
         return value
-    return torch.cat((value[other : other + 1], value[1:]))
+    return torch.cat((value[:at], value[other : other + 1], value[at + 1 :]))
 
 
-def _layout(before: _Site, after: _Site, batch: int) -> str:
+def _layout(before: _Site, after: _Site, batch: int, at: int) -> str:
     rows = before.prints.shape[0]
     scale = before.prints.abs().amax(0).clamp_min(1e-300)
     changed = ((before.prints - after.prints).abs() > 1e-5 * scale).any(1).nonzero().flatten()
     if not changed.numel():
         return WITHOUT_SAMPLES
-    first = bool((changed < rows // batch).all())
-    apart = bool((changed % batch == 0).all())
+    first = bool((changed // (rows // batch) == at).all())
+    apart = bool((changed % batch == at).all())
     if rows == batch and not first:
         raise UnsupportedLayerError(
-            f"{named(before.path)}: samples influence each other before it (with another first "
-            f"sample, rows {changed[:5].tolist()} of {rows} change), so their gradients cannot be told "
-            "apart. Instead, keep the samples independent; or, if they are in another dimension, say so "
-            "with attach(batch_dim=...)."
+            f"{named(before.path)}: samples influence each other before it, or are in another order "
+            f"(with another sample {at}, rows {changed[:5].tolist()} of {rows} change), so their gradients "
+            "cannot be told apart. Instead, keep the samples independent and in order; or, if they are in "
+            "another dimension, say so with attach(batch_dim=...), if in another order, with "
+            "monitor.samples(ids=...) around what sees it."
         )
     if first == apart and rows != batch:
         raise _unknown(before.path, rows, batch)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradstats import layout
-from gradstats.calls import named
+from gradstats.calls import NeedsFallback, named, within
 from gradstats.errors import BatchDimError, UnsupportedLayerError
 from gradstats.grouping import Flattened, Grouping, Packed
 from gradstats.layout import NeedsLayout
@@ -29,6 +29,9 @@ class Answers:
     stack: list[Frame]
     layouts: dict[str, str]  # of flattened inputs, by the module that met them
     looked: bool  # for those layouts
+    watching: bool  # for functions that put samples into another order: in a first forward
+    fallbacks: dict[str, NeedsFallback]
+    displaced: dict[str, int]  # a sample that one of them displaced, by the module that called it
     tracing: bool  # a graph is compiled
     shortcuts: Any  # of the compiled extension, or None
     shared: set[str]  # parameters that some compiled graph uses several times
@@ -116,6 +119,16 @@ class Answers:
 
     def is_batched(self, tensor: Tensor) -> bool:
         return tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == self.batch
+
+    def note_displaced(self, sample: int) -> None:
+        self.displaced.setdefault(self.stack[-1].path, sample)
+
+    def displaced_sample(self) -> int | None:
+        """One that this forward put elsewhere, but for modules that run sample by sample."""
+        for path, sample in self.displaced.items():
+            if not any(path == one or within(path, one) for one in self.fallbacks):
+                return sample
+        return None
 
     def told(self) -> bool:
         return self.current is not None and self.current.groups is not None

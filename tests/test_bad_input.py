@@ -262,6 +262,16 @@ def test_named_backend_that_cannot_run_raises(model) -> None:
         pass
 
 
+def test_an_empty_environment_variable_asks_for_no_backend(monkeypatch) -> None:
+    monkeypatch.setenv("GRADSTATS_BACKEND", "")
+    assert gradstats.backends.forced() == "auto"
+    monkeypatch.setenv("GRADSTATS_BACKEND", "gpu")
+    with pytest.raises(gradstats.InvalidArgumentError, match="backend 'gpu' does not exist"):
+        gradstats.backends.forced()
+    monkeypatch.undo()
+    gradstats.backends.forced()
+
+
 def test_recommend_before_any_step(model) -> None:
     monitor = gradstats.attach(model)
     with pytest.raises(gradstats.NoStatisticsError, match="at least one measured step"):

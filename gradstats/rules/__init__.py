@@ -37,6 +37,11 @@ class Use(Protocol):
     def joint(self, tensor: Tensor | None) -> Any:
         """Ask before `probe`: the `rules.joint.Joint` of a parameter whose uses may be several."""
 
+    watching: bool  # for functions that put samples into another order
+
+    def note_displaced(self, sample: int) -> None:
+        """One did, and another row took the place of this sample's."""
+
     tracing: bool  # a graph is compiled, which `joint` cannot serve
 
     def chain(self, tensor: Tensor | None) -> Any:
@@ -103,5 +108,6 @@ from gradstats.rules import (  # noqa: E402
     linear,  # noqa: F401
     norm,  # noqa: F401
     recurrent,  # noqa: F401
+    reorder,  # noqa: F401
     view,  # noqa: F401
 )

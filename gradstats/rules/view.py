@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradstats.probes import ATTRIBUTE, Mark, Part
 from gradstats.rules import Use, rule
+from gradstats.rules.reorder import note_index
 
 _SAME_ORDER = (
     torch.unsqueeze, Tensor.unsqueeze, torch.squeeze, Tensor.squeeze, torch.reshape, Tensor.reshape,
@@ -31,6 +32,8 @@ _REORDERED = (
 @rule(*_SAME_ORDER, *_REORDERED, per_position=True)
 def view(use: Use, func: Callable[..., Any], input: Any, *args: Any, **kwargs: Any) -> Any:
     mark = use.mark(input)
+    if func is Tensor.__getitem__:
+        note_index(use, input, args[0])
     if mark is None or mark.name is None or not _plain(func, args):
         return use.unruled(func, (input, *args), kwargs)
     out = func(input, *args, **kwargs)
