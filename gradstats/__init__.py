@@ -20,6 +20,7 @@ from gradstats.errors import (
 if TYPE_CHECKING:
     from gradstats import backends, collective_cost, loggers, optim, schedulers
     from gradstats.advice import recommend
+    from gradstats.attaching import attach
     from gradstats.batch_advice import BatchSizeAdvice
     from gradstats.cadence import Budget
     from gradstats.checking import check
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from gradstats.hessian import Curvature, curvature
     from gradstats.loader import StepLoader
     from gradstats.loggers import Log
-    from gradstats.monitor import Monitor, attach
+    from gradstats.monitor import Monitor
     from gradstats.noise import NoiseScale
     from gradstats.report import CheckReport
     from gradstats.rules import rule
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "attach": "monitor",
+    "attach": "attaching",
     "Monitor": "monitor",
     "GradStats": "stats",
     "NoiseScale": "noise",

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gradstats.attaching import attach
 from gradstats.distributed import ALONE
 from gradstats.errors import GradStatsError, InvalidArgumentError, first_line
 from gradstats.fallback import FallbackWarning
-from gradstats.monitor import attach
 from gradstats.stats import GradStats
 
 # Largest relative error that passes, by the dtype that a run computes in.

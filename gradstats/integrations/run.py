@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradstats.attaching import attach
 from gradstats.errors import InvalidArgumentError
 from gradstats.integrations.metrics import PREFIX
 from gradstats.integrations.schedule import Accumulation, Follower, Schedule
 from gradstats.loggers import Log, Sink
-from gradstats.monitor import attach
 from gradstats.stats import GradStats
 
 __all__ = ["Run", "Settings"]

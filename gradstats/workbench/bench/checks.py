@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradstats.attaching import attach
 from gradstats.errors import GradStatsError
-from gradstats.monitor import attach
 from gradstats.scaling import BatchScaling
 from gradstats.schedulers import BatchSizeScheduler, noise_scale
 from gradstats.workbench.bench.models import Problem

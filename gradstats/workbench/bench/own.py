@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradstats.attaching import attach
 from gradstats.errors import GradStatsError, InvalidArgumentError, first_line
 from gradstats.estimators import whole
-from gradstats.monitor import attach
 from gradstats.stats import GradStats
 from gradstats.trial import joined
 from gradstats.workbench.bench.steps import KINDS, PLAIN, Variant, timed

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gradstats.attaching import attach
 from gradstats.errors import GradStatsError
 from gradstats.estimators import NoiseScale
-from gradstats.monitor import attach
 from gradstats.workbench.critical.result import Run
 from gradstats.workbench.workload import Workload
 

@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import torch
 
+from gradstats.attaching import attach
 from gradstats.estimators import DEFAULT_HALF_LIFE, require, whole
 from gradstats.kept import kept
 from gradstats.loggers import Sink
-from gradstats.monitor import Monitor, attach
+from gradstats.monitor import Monitor
 from gradstats.workbench.measure.parts import Report, Run
 from gradstats.workbench.measure.result import Measurement, Settings
 from gradstats.workbench.workload import Workload
