@@ -149,7 +149,8 @@ EDGES = {
         "advice", "batch_advice", "errors", "estimators", "layouts", "loggers", "stats", "step_time",
     },
     "integrations": {
-        "advice", "attaching", "errors", "integrations", "loggers", "monitor", "scaling", "schedulers", "stats",
+        "advice", "attaching", "errors", "integrations", "loggers", "monitor", "scaling",
+        "schedulers", "stats",
     },
     "machine": set(),
     "extras": {"errors"},
