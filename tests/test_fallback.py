@@ -230,9 +230,6 @@ def test_a_result_without_samples_is_not_measured() -> None:
 
 def test_lengths_that_must_fall_are_refused_where_positions_may_be_samples() -> None:
     """Where there are as many positions as samples a trial moves one, and this model forbids it."""
-    torch.manual_seed(
-        1
-    )  # with others, one of the two of equal length may take the place of the other
     lengths = torch.tensor([5, 5, 4, 3, 2, 1])
     ids = torch.zeros(6, 5, dtype=torch.long)
     ids[-1] = 1  # the sample that differs most, whose length takes the place of the longest
