@@ -65,7 +65,7 @@ def tuned(race: Race, size: int, rates: list[float], seeds: range) -> float:
 
 def measure(
     race: Race,
-    seeds: int,
+    seeds: range,
     tuning: int,
     rates: tuple[float, ...],
     known: dict[str, Any],
@@ -89,7 +89,7 @@ def measure(
         fixed[size] = Method(f"fixed {size}", size, rate)
     methods = followers(race, fixed[race.base].rate, seconds, cadence)
     for method in (*fixed.values(), *methods):
-        outcomes[method.name] = [run(race, method, seed) for seed in range(seeds)]
+        outcomes[method.name] = [run(race, method, seed) for seed in seeds]
         say(f"{method.name}: {mean([o.samples for o in outcomes[method.name]])[0]:,.0f} samples")
     seen = [n for o in outcomes["noise scale"] for n in o.noise if math.isfinite(n)]
     noise = statistics.median(seen) if seen else math.nan
@@ -152,6 +152,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--races", nargs="+", default=list(RACES)[:3], choices=list(RACES))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="others than settings were tried on"
+    )
     parser.add_argument("--tuning-seeds", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="*", help="instead of each race's own")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
@@ -169,12 +172,13 @@ def main() -> None:
         given = {k: v for k, v in changed.items() if v is not None}
         race = RACES[name]().changed(device=args.device, **given)
         known = earlier.get(name, {}).get("methods", {})
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
         results[name] = measure(
-            race, args.seeds, args.tuning_seeds, tuple(args.rates), known, args.cadence
+            race, seeds, args.tuning_seeds, tuple(args.rates), known, args.cadence
         )
         print(report(name, results[name]), flush=True)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"seeds": args.seeds, "cadence": args.cadence}
+    settings = {"seeds": args.seeds, "first_seed": args.first_seed, "cadence": args.cadence}
     found = {"environment": environment("gradstats"), **settings, "races": results}
     args.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
