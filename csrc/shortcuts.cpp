@@ -39,7 +39,7 @@ PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); 
 struct Names {
   PyObject *mark = interned("_gradstats"), *current = interned("current"),
            *suspended = interned("suspended"), *recorder = interned("recorder"),
-           *weight = interned("weight"), *bias = interned("bias");
+           *groups = interned("groups"), *weight = interned("weight"), *bias = interned("bias");
 };
 
 const Names& names() {
@@ -112,7 +112,8 @@ class Shortcuts {
     if (pass_.is_none() || PyList_GET_SIZE(observers_.ptr()) != 0) return false;
     return own(interposer_, names().current) == pass_.ptr() &&
            own(interposer_, names().suspended) == Py_False &&
-           own(interposer_, names().recorder) == Py_None && c10::GradMode::is_enabled() &&
+           own(interposer_, names().recorder) == Py_None &&
+           own(pass_.ptr(), names().groups) == Py_None && c10::GradMode::is_enabled() &&
            !at::autocast::is_autocast_enabled(at::kCPU) && !watched();
   }
 

@@ -142,6 +142,37 @@ def test_another_backend_is_left_to_python(model, entered) -> None:
     assert "0" in entered
 
 
+def test_rows_that_are_told_inside_a_forward_are_left_to_python(entered) -> None:
+    """As many rows as samples, and not in their order."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x):  # type: ignore[no-untyped-def]
+            ids = torch.arange(len(x)).flip(0)
+            with self.told(ids) if self.told else torch.enable_grad():
+                return self.second(torch.tanh(self.first(x)).flip(0)).flip(0)
+
+    torch.manual_seed(4)
+    model, x = Turned(), torch.randn(6, 5)
+    model.told = None
+    truth = per_sample_gradients(model, loss, x)
+    with gradstats.attach(model) as monitor:
+        model.told = monitor.samples
+        value = loss(model, x)
+        assert "second" in entered
+        assert "first" not in entered
+        value.backward()
+        total = sum(
+            truth[name].flatten(1).square().sum(1) for name in ("second.weight", "second.bias")
+        )
+        stats = monitor.step()
+        got = sum(stats.layers[f"second.{key}"].per_sample_sq_norm for key in ("weight", "bias"))
+    torch.testing.assert_close(got.double(), total, rtol=1e-5, atol=0)
+
+
 class Uses(nn.Module):
     """Of one layer: as it is, through its weight, and behind a mark."""
 
