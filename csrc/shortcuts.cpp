@@ -151,6 +151,11 @@ class Shortcuts {
   std::vector<std::pair<py::object, py::tuple>> leaves_;
 };
 
+// The dtypes of linear_stats.
+bool serves(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16;
+}
+
 // A parameter of a layer: where it sits, its mark, its row.
 struct Place {
   py::str name;
@@ -185,7 +190,7 @@ class LinearShortcut {
     const at::Tensor* const weight = weight_.in(parameters_.ptr(), names().weight);
     if (weight == nullptr || x.dim() < 2 || x.size(0) != of.batch() || !x.is_cpu() ||
         x.layout() != at::kStrided || x.scalar_type() != weight->scalar_type() ||
-        x.scalar_type() == at::kHalf || x.is_inference() || of.is_used(weight_.name)) {
+        !serves(x.scalar_type()) || x.is_inference() || of.is_used(weight_.name)) {
       return py::none();
     }
     std::optional<at::Tensor> bias;

@@ -136,6 +136,15 @@ def test_autocast_is_left_to_python(model, entered) -> None:
     assert "0" in entered
 
 
+def test_other_dtypes_are_left_to_python(entered) -> None:
+    for dtype in (torch.float16, torch.complex64):
+        entered.clear()
+        model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).to(dtype)
+        with gradstats.attach(model):
+            model(torch.randn(6, 5, dtype=dtype))
+        assert "0" in entered
+
+
 def test_another_backend_is_left_to_python(model, entered) -> None:
     with gradstats.backends.use("reference"):
         measured(model, torch.randn(6, 5))
