@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradstats.errors import GradStatsError
-from gradstats.words import readable
+from gradstats.words import readable, span
 
 
 def console_and_table() -> tuple[Any, Any]:
@@ -32,8 +32,8 @@ def between(low: float | None, high: float | None) -> str:
     """An interval: "30 to 50", or "30 up" where it has no upper end."""
     low = low or 0.0
     if high is None or not math.isfinite(high):
-        return f"{readable(low)} up"
-    return f"{readable(low)} to {readable(high)}"
+        return span(readable(low), None)
+    return span(readable(low), readable(high))
 
 
 def advice_table(advice: Mapping[str, Any], learning_rate: float | None) -> Any:
@@ -41,11 +41,12 @@ def advice_table(advice: Mapping[str, Any], learning_rate: float | None) -> Any:
     from rich.table import Table
 
     now, size = advice["present_batch_size"], advice["batch_size"]
-    upper = "up" if advice["high"] is None else f"to {advice['high']:,}"
+    high = None if advice["high"] is None else f"{advice['high']:,}"
+    interval = span(f"{advice['low']:,}", high)
     change = f"keep {now:,}" if size == now else f"{now:,} → {size:,}"
     table = Table.grid("", "", padding=(0, 2))
     table.title, table.title_justify = "\nRecommendation", "left"
-    table.add_row("batch size", f"{change}   (the interval gives {advice['low']:,} {upper})")
+    table.add_row("batch size", f"{change}   (the interval gives {interval})")
     parts = [advice[key] for key in ("micro_batch_size", "accumulation_steps", "world_size")]
     if parts[1:] != [1, 1]:
         micro, count, world = parts

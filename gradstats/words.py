@@ -9,6 +9,18 @@ def readable(number: float) -> str:
     return f"{rounded:,.0f}" if 1000 <= abs(rounded) < 1e15 else f"{rounded:.3g}"
 
 
+def span(low: str, high: str | None) -> str:
+    """From one number to another, as they are written: ``30 to 50``, ``30``, ``30 up`` without an end."""
+    if high is None:
+        return f"{low} up"
+    return low if low == high else f"{low} to {high}"
+
+
+def beyond_memory(size: int) -> str:
+    """In the place of a largest micro-batch: `size` ran, and memory is not what limits it."""
+    return f"more than {size:,}, not limited by memory"
+
+
 def counted(number: int, noun: str) -> str:
     """A number of things: ``1 step``, ``2,000 steps``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

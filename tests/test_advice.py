@@ -12,6 +12,8 @@ from gradstats.advice import recommend, scale_learning_rate
 from gradstats.batch_advice import BatchSizeAdvice
 from gradstats.errors import InvalidArgumentError
 from gradstats.estimators import NoiseScale, samples_ratio, steps_ratio
+from gradstats.terminal import advice_table, between
+from gradstats.words import span
 
 NAN, INF = math.nan, math.inf
 
@@ -315,6 +317,19 @@ def test_sentence():
         'learning rate by rule "sqrt" of scale_learning_rate; adaptive optimizers often make use '
         "of more samples than the noise scale."
     )
+
+
+def test_an_interval_of_one_size_is_that_size():
+    advice = recommend(measured(96, 95, 97), batch_size=64)
+    assert (advice.low, advice.high) == (96, 96)
+    assert "change batch size 64 to 96 (the interval gives 96) as" in str(advice)
+    (_, cells) = advice_table(advice.to_dict(), None).columns
+    assert next(iter(cells.cells)) == "64 → 96   (the interval gives 96)"
+    assert [span("30", "50"), span("30", None), between(96.01, 96.04)] == [
+        "30 to 50",
+        "30 up",
+        "96",
+    ]
 
 
 def test_to_dict_is_json():

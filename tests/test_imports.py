@@ -54,7 +54,7 @@ EDGES = {
     "kept": {"errors"},
     "timing": {"estimators", "kept", "step_time"},
     "layouts": {"estimators", "step_time"},
-    "batch_advice": {"estimators"},
+    "batch_advice": {"words"},
     "collective_cost": {"estimators"},
     "comparison": {"estimators", "layouts", "step_time"},
     "advice": {"batch_advice", "calibration", "errors", "estimators", "layouts", "step_time"},
@@ -163,7 +163,7 @@ EDGES = {
     },
     "commands": {
         "check_command", "commands", "demo", "doctor", "errors", "estimators", "loggers",
-        "terminal", "workbench",
+        "terminal", "words", "workbench",
     },
 }  # fmt: skip
 

@@ -128,6 +128,21 @@ def test_each_result_alone_has_a_verdict(tmp_path, kind, headline) -> None:
     assert made(files.result(tmp_path, kind)).verdict.headline == headline
 
 
+def test_memory_that_limits_nothing_promises_no_size(tmp_path) -> None:
+    def cells(**changes) -> list[str]:
+        return _texts(made(files.result(tmp_path, "vram", **changes)))
+
+    assert {"112", "128, of which 128"} <= set(cells())
+    said = cells(beyond=64)
+    assert said.count("more than 64, not limited by memory") == 2
+    assert not {"112", "128, of which 128"} & set(said)
+
+
+def _texts(page) -> list[str]:
+    tables = [part for s in page.sections for part in s.parts if isinstance(part, Table)]
+    return [cell for table in tables for row in table.rows for cell in row]
+
+
 def test_a_sweep_that_was_cut_short_is_shown_without_a_verdict(tmp_path) -> None:
     trials = [files.trial(16, 200, 0, 0.3), {**files.trial(64, 50, 0, 0.3), "final_loss": None}]
     trials[1] |= {"ok": False, "validation_loss": None, "curve": []}

@@ -148,6 +148,22 @@ def test_other_limits_than_memory(monkeypatch) -> None:
     assert (found.recommended, found.limited_by) == (32, "seconds")
 
 
+def test_a_line_that_memory_does_not_end_is_no_figure(monkeypatch, command_line) -> None:
+    """A sample of a byte, of a billion, and sizes up to 512: nothing has tested the line beyond."""
+    slope = Machine(lambda size, fresh: 1000 + size, budget=1e9)
+    found = run(monkeypatch, slope, max_size=512)
+    assert (found.recommended, found.beyond, found.limited_by) == (512, 512, "max_size")
+    code, said, _ = command_line("vram", "somewhere:training", "--max-size", "512")
+    assert code == 0
+    assert said.count("more than 512, not limited by memory") == 2  # the line and the textbook
+    assert "999,99" not in said
+    # Twice as far as what ran, the line is believed.
+    assert run(monkeypatch, slope, memory=2000, max_size=512, margin=0.0).beyond is None
+    near = run(monkeypatch, Machine(lambda size, fresh: 1000 + size, budget=2000), max_size=512)
+    assert (near.largest, near.limited_by, near.beyond) == (1000, "max_size", None)
+    assert run(monkeypatch, Machine(lambda size, fresh: 300 + size, budget=1000)).beyond is None
+
+
 def test_nothing_fits(monkeypatch) -> None:
     found = run(monkeypatch, Machine(lambda size, fresh: 2000, budget=1000))
     assert found.recommended is None

@@ -125,6 +125,7 @@ def _ranks() -> Iterator[bool]:
 
 def _show(found: Any, out: Path | None) -> None:
     from gradstats.terminal import console_and_table
+    from gradstats.words import beyond_memory
     from gradstats.workbench.vram.sizes import show_bytes
 
     console, make_table = console_and_table()
@@ -142,16 +143,19 @@ def _show(found: Any, out: Path | None) -> None:
     console.print(table)
     for size, why in {p.micro_batch_size: p.why for p in found.points if not p.ok}.items():
         console.print(f"{size:,} does not fit: {why}", markup=False, soft_wrap=True)
+    open_ended = None if found.beyond is None else beyond_memory(found.beyond)
     if found.bytes_per_sample is not None:
         console.print(
             f"{show_bytes(found.fixed_bytes)} and {show_bytes(found.bytes_per_sample)} a sample: "
-            f"{found.largest:,} would just fill {show_bytes(found.budget_bytes)}"
+            + (open_ended or f"{found.largest:,} would just fill {show_bytes(found.budget_bytes)}"),
+            soft_wrap=True,
         )
     if found.formula is not None:
         console.print(
             f"Textbook (total − model)/(per sample): ({show_bytes(found.formula.total)} − "
             f"{show_bytes(found.formula.model)})/{show_bytes(found.formula.per_sample)} = "
-            f"{found.formula.largest:,}, of which {found.formula.chosen:,}"
+            + (open_ended or f"{found.formula.largest:,}, of which {found.formula.chosen:,}"),
+            soft_wrap=True,
         )
     for remark in found.remarks:
         console.print(f"Note: {remark}", markup=False, soft_wrap=True)

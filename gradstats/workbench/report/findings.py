@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from gradstats.estimators import NoiseScale
 from gradstats.loggers.reading import number
-from gradstats.words import readable
+from gradstats.words import readable, span
 from gradstats.workbench.report.advice_of import Basis
 from gradstats.workbench.report.inputs import Input, objects
 
@@ -74,12 +74,13 @@ def by_noise(basis: Basis, several: bool) -> Verdict:
             costs.append(_change(advice["seconds"], "time", "less"))
         headline += f": {', '.join(costs)} to the same loss"
         level = _level(noise)
-    end = "up" if advice["high"] is None else f"to {advice['high']:,}"
+    high = None if advice["high"] is None else f"{advice['high']:,}"
+    interval = span(f"{advice['low']:,}", high)
     facts = [
         Fact(
             "Batch size",
             f"{now:,}" if now == then else f"{now:,} → {then:,}",
-            f"its interval gives {advice['low']:,} {end}",
+            f"its interval gives {interval}",
         ),
         _noise_fact(noise),
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gradstats.loggers.reading import number
-from gradstats.words import readable
+from gradstats.words import beyond_memory, readable
 from gradstats.workbench.report.figures import Axis, Bar, Bars, Figure, Line, Mark, Section, Table
 from gradstats.workbench.report.inputs import Input, numbers, objects
 
@@ -64,18 +64,24 @@ def memory(given: Input) -> Section:
             marks,
         )
     )
+    beyond = number(content.get("beyond"))
+    open_ended = beyond_memory(int(beyond)) if math.isfinite(beyond) else None
     rows = [
         ["device", str(content.get("device") or "–")],
         ["memory there is", _bytes(budget)],
         ["fixed (model, optimizer, buffers)", _bytes(fixed)],
         ["each sample", _bytes(each)],
-        ["largest by the line, not confirmed", _whole(number(content.get("largest")))],
+        [
+            "largest by the line, not confirmed",
+            open_ended or _whole(number(content.get("largest"))),
+        ],
         ["recommended", _whole(chosen)],
     ]
     formula = content.get("formula")
     if isinstance(formula, Mapping):
         largest, allowed = (_whole(number(formula.get(key))) for key in ("largest", "chosen"))
-        rows.append(["textbook: (total − model)/(per sample)", f"{largest}, of which {allowed}"])
+        said = open_ended or f"{largest}, of which {allowed}"
+        rows.append(["textbook: (total − model)/(per sample)", said])
     section.add(Table(["", "value"], [row for row in rows if row[1] != "–"]))
     return section
 

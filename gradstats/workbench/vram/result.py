@@ -39,6 +39,8 @@ class Vram:
     `largest`: the size at which the line ``fixed_bytes + bytes_per_sample·m`` reaches the whole budget,
     of any size: a prediction, not confirmed, None without a line. `limited_by`: "memory", "max_size" (the
     largest size that was allowed), "seconds" (a step took longer than allowed) or "interrupted".
+    `beyond`: the largest size that ran, where something else than memory ended the search and the line
+    goes on to more than twice that: `largest` and `formula` are then no figures to go by. Else None.
     `formula` is the textbook's: the budget, less parameters, buffers, gradients and optimizer state
     (`model_bytes`), over `bytes_per_sample`. `with_monitor`: whether gradstats measured in these steps.
     On several ranks everything is this rank's own but `recommended` and `limited_by`, which all share.
@@ -59,6 +61,7 @@ class Vram:
     with_monitor: bool
     world_size: int = 1
     remarks: tuple[str, ...] = ()
+    beyond: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""

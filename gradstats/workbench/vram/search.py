@@ -18,6 +18,7 @@ from gradstats.workbench.vram.sizes import allowed_below, formula, show_bytes
 __all__ = ["largest_micro_batch"]
 
 ENOUGH = 0.5  # of what the first size leaves: sizes double up to here, the line goes twice as far at most
+FAR = 2  # times the largest size that ran: where a line that nothing has tested is told no more
 PROBE_STEPS = 2  # the second holds the optimizer's state, which the first makes
 LOOSE = 1.25  # reserved over allocated memory, from which on the allocator's fragments are told
 
@@ -139,6 +140,9 @@ class _Search:
         textbook = None
         if line is not None and told.model_bytes is not None:
             textbook = formula(told.budget, told.model_bytes, line[1], multiple_of=self.multiple_of)
+        largest = None if line is None else crossing(line, told.budget)
+        ran = max((p.micro_batch_size for p in told.points if p.ok), default=0)
+        far = cause in ("max_size", "seconds") and (largest or 0) > FAR * ran
         return Vram(
             device=told.device,
             budget_bytes=told.budget,
@@ -147,7 +151,7 @@ class _Search:
             fixed_bytes=None if line is None else line[0],
             bytes_per_sample=None if line is None else line[1],
             model_bytes=told.model_bytes,
-            largest=None if line is None else crossing(line, told.budget),
+            largest=largest,
             recommended=self.confirmed or None,
             limited_by=cause,
             formula=textbook,
@@ -155,6 +159,7 @@ class _Search:
             with_monitor=not self.trial.plain,
             world_size=self.ranks.size,
             remarks=tuple(_remarks(told)),
+            beyond=ran if far else None,
         )
 
 
