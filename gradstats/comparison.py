@@ -7,6 +7,7 @@ By the noise-scale model a step of B samples is worth ``1/(1 + B_noise/B)`` step
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -128,6 +129,8 @@ def compare(
             room = min(room, step_seconds.max_micro_batch_size)
 
     def progress(name: str, given: tuple[int, int]) -> Progress:
+        pair = isinstance(given, Sequence) and len(given) == 2
+        require(pair, name, given, "pass (global batch size, optimizer steps)")
         size, steps = (whole(name, number) for number in given)
         require(size % world == 0, name, given, f"pass a multiple of world_size={world}")
         seconds = None

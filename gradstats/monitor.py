@@ -67,6 +67,11 @@ class Monitor:
         return self._options.optimizer
 
     @property
+    def world_size(self) -> int:
+        """Processes whose samples make up a step."""
+        return self._source.size
+
+    @property
     def batch_size(self) -> int | None:
         """Samples in a step at present: the larger of the last two, for an epoch's last is often smaller.
 
@@ -255,7 +260,7 @@ class Monitor:
             InvalidArgumentError: times of whole samples where tokens are counted.
         """
         advice.require_one_unit(self.sample, step_seconds, options.get("tokens_per_sample"))
-        ranks = self._source.size
+        ranks = self.world_size
         if batch_size is None and self.batch_size is not None:
             batch_size = math.ceil(self.batch_size / ranks) * ranks
         if not batch_size:
@@ -311,6 +316,10 @@ class Monitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`. Raises InvalidArgumentError for the state of another model."""
+        if not isinstance(state, Mapping):
+            raise InvalidArgumentError(
+                f"load_state_dict() takes what state_dict() gave, not {type(state).__name__}"
+            )
         if state.get("version") != 1:
             raise InvalidArgumentError(
                 f"this monitor reads states of version 1, not {state.get('version')!r}; the file was "

@@ -72,6 +72,22 @@ def ddp_even(rank: int, world: int) -> None:
     ddp_steps("layer_norm", [4] * world, after)
 
 
+@case()
+def a_log_says_how_many_processes_trained(rank: int, world: int) -> None:
+    class Noted:
+        def __call__(self, row, step):
+            self.row = row
+
+        def about(self, about, step):
+            self.world_size = about.world_size
+
+    monitor, stats = ddp_steps("mlp", [3, 5], after)
+    assert monitor.world_size == world
+    log = gradstats.Log(monitor, noted := Noted())
+    log.step(stats)
+    assert (noted.world_size, noted.row["batch_size"]) == (world, 8)
+
+
 @case(0)
 def ddp_uneven(rank: int, world: int) -> None:
     for name in ("layer_norm", "positions", "group_norm", "custom"):

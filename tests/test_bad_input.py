@@ -286,3 +286,7 @@ def test_state_of_another_model_is_refused(model) -> None:
         other.load_state_dict(state)
     with pytest.raises(gradstats.InvalidArgumentError, match="version 1, not 7"):
         other.load_state_dict({"version": 7})
+    with pytest.raises(
+        gradstats.InvalidArgumentError, match=r"what state_dict\(\) gave, not NoneType"
+    ):
+        other.load_state_dict(None)

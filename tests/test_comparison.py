@@ -112,6 +112,11 @@ def test_what_the_interval_leaves_open_is_said():
     ("options", "words"),
     [
         ({"first": (0, 5)}, "first=0 cannot be used; pass a whole number of at least 1"),
+        (
+            {"first": (64, 5, 1)},
+            r"first=\(64, 5, 1\).*; pass \(global batch size, optimizer steps\)",
+        ),
+        ({"second": 64}, "second=64 cannot be used; pass .global batch size, optimizer steps."),
         ({"second": (64, 0)}, "second=0 cannot be used"),
         ({"second": (64.5, 1)}, "second=64.5 cannot be used"),
         ({"world_size": 3}, r"first=\(64, 5\) cannot be used; pass a multiple of world_size=3"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +37,7 @@ def said(path):
     watched = state_of(follower.rows, about=follower.about).advice
     (basis,) = [basis_of_run(run, None) for run in runs_of(report.read([path]))]
     evidence = advise.gather([path])
-    plan = advise.advise(evidence, ranks=evidence.timing.world_size if evidence.timing else 1)
+    plan = advise.advise(evidence)
     found = [
         tuple(each[key] for key in ("batch_size", "low", "high", "learning_rate"))
         for each in (watched, basis.advice, plan.advice.to_dict())
@@ -45,9 +46,11 @@ def said(path):
     return found
 
 
-def monitor_of(noise, optimizer="AdamW", sample="example"):
+def monitor_of(noise, optimizer="AdamW", sample="example", world_size=1):
     optimizer = type(optimizer, (), {"param_groups": [{"lr": 0.01}]})()
-    return SimpleNamespace(noise_scale=lambda: noise, optimizer=optimizer, sample=sample)
+    return SimpleNamespace(
+        noise_scale=lambda: noise, optimizer=optimizer, sample=sample, world_size=world_size
+    )
 
 
 def written(path, noise, *, size=32, timing=None, tokens=None, **of):
@@ -61,18 +64,48 @@ def written(path, noise, *, size=32, timing=None, tokens=None, **of):
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-@pytest.mark.parametrize("timing", [None, TIMING, replace(TIMING, world_size=3)])
-def test_every_command_says_what_recommend_says(tmp_path, timing, optimizer) -> None:
-    ranks = 1 if timing is None else timing.world_size
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("timing", [None, TIMING])
+def test_every_command_says_what_recommend_says(tmp_path, timing, ranks, optimizer) -> None:
+    timing = timing and replace(timing, world_size=ranks)
     advice = gradstats.recommend(
         NOISE, batch_size=48, learning_rate=0.01, optimizer=optimizer, step_seconds=timing,
         world_size=ranks,
     )  # fmt: skip
-    path = written(tmp_path / "a.jsonl", NOISE, size=48, timing=timing, optimizer=optimizer)
+    about = {"optimizer": optimizer, "world_size": ranks}
+    path = written(tmp_path / "a.jsonl", NOISE, size=48, timing=timing, **about)
     wanted = advice.batch_size, advice.low, advice.high, advice.learning_rate
     assert said(path) == 3 * [wanted]
     assert read_log(path).recommend() == advice
     assert str(read_log(path).noise_scale()) == str(NOISE)
+
+
+def test_a_log_tells_on_how_many_processes_it_rests(tmp_path) -> None:
+    path = written(tmp_path / "a.jsonl", NOISE, size=100, timing=TIMING)
+    assert (read_log(path).world_size, read_log(path).timing) == (1, TIMING)
+    # Resumed on three processes, of whose steps the times of one say nothing.
+    log = gradstats.Log(monitor_of(NOISE, world_size=3), JsonLines(path, resume=True))
+    log.step(SimpleNamespace(samples=100, layer_tr_sigma=None), loss=1.0)
+    with pytest.raises(
+        InvalidArgumentError, match=r"timing\.world_size=1 cannot be used; .* the 3"
+    ):
+        log.timed(TIMING)
+    log.close()
+    log, alone = read_log(path), gradstats.recommend(NOISE, batch_size=102, world_size=3)
+    assert (log.world_size, log.batch_size) == (3, 102)  # the next that gives each as many
+    assert (log.about.timing, log.timing) == (TIMING, None)
+    advice = log.recommend()
+    assert (advice.batch_size, advice.low) == (alone.batch_size, alone.low)
+    assert (advice.world_size, advice.present.world_size) == (3, 3)
+    plan = advise.advise(advise.gather([path])).plan
+    assert (plan.batch_size, plan.world_size) == (alone.batch_size, 3)
+    assert advise.advise(advise.gather([path]), ranks=2).plan.world_size == 2
+    old = tmp_path / "old.jsonl"  # of a version that did not say
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line.get("about", {}).pop("world_size", None)
+    old.write_text("\n".join(map(json.dumps, lines)))
+    assert (read_log(old).world_size, read_log(old).timing) == (1, TIMING)
 
 
 def test_step_times_weigh() -> None:
@@ -168,6 +201,8 @@ EMPTY = '"update": 0, "launch": 0, "per_sample": %s, "covariance": [], "misfit":
         '{"timing": {}}',
         '{"timing": 3}',
         '{"confidence": "x"}',
+        '{"world_size": 0}',
+        '{"world_size": 2.0}',
         '{"timing": {"points": [{}]}}',
         f'{{"timing": {{{EMPTY % (1, "")}}}}}',
         f'{{"timing": {{{EMPTY % (0, POINT)}}}}}',
@@ -237,6 +272,21 @@ def test_a_sink_that_fails_ends_no_training(recwarn) -> None:
     (warning,) = [str(w.message) for w in recwarn]
     assert "the sink Broken failed at step 1 (ConnectionError: no route to host)" in warning
     assert "The training goes on" in warning
+
+
+def test_a_sink_without_a_name_is_told_by_its_place() -> None:
+    def named(row, step, why="gone"):
+        raise ConnectionError(why)
+
+    log = gradstats.Log(
+        monitor_of(NOISE), named, lambda row, step: 1 / 0, partial(named, why="away"), every=1
+    )
+    with pytest.warns(UserWarning, match="failed at step 1") as told:
+        steps(log, 1)
+    said = [str(warning.message) for warning in told]
+    assert "named failed at step 1 (ConnectionError: gone)" in said[0]
+    assert "the sink log.sinks[1] failed at step 1 (ZeroDivisionError" in said[1]
+    assert "the sink log.sinks[2] failed at step 1 (ConnectionError: away)" in said[2]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])

@@ -143,10 +143,46 @@ def test_numbers_that_are_not_finite_are_null(tmp_path) -> None:
     assert read_lines(sink.path)[0] == [{"step": 1, "noise_scale": None}]
 
 
-def test_csv_refuses_new_columns(tmp_path) -> None:
-    sink = CsvFile(tmp_path / "x.csv")
+def test_csv_gets_columns_for_new_numbers(tmp_path) -> None:
+    path = tmp_path / "x.csv"
+    sink = CsvFile(path)
+    sink({"step": 1, "loss": 3.0}, 1)
+    sink({"step": 2, "held": 0.5}, 2)
+    sink({"step": 3, "loss": 1.0}, 3)
+    sink.close()
+    assert path.read_text() == "step,loss,held\n1,3.0,\n2,,0.5\n3,1.0,\n"
+    with path.open("a") as file:
+        file.write("4,0.")  # killed while it wrote
+    path.chmod(0o600)
+    again = CsvFile(path, resume=True)
+    again({"step": 5, "num_samples": 64, "loss": 2.0}, 5)
+    again({"step": 6, "num_samples": 80, "loss": 2.0}, 6)
+    again.close()
+    rows = ["step,loss,held,num_samples", "1,3.0,,", "2,,0.5,", "3,1.0,,", "4,0.,,"]
+    assert path.read_text().splitlines() == [*rows, "5,2.0,,64", "6,2.0,,80"]
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_csv_keeps_its_rows_where_the_wider_file_has_no_room(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "x.csv"
+    sink = CsvFile(path)
     sink({"step": 1}, 1)
-    with pytest.raises(GradStatsError, match="step 2 has loss, which the first row"):
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(path), "replace", full)
+    with pytest.warns(UserWarning, match="takes no more rows since step 2 .No space left"):
+        sink({"step": 2, "loss": 1.0}, 2)
+    assert path.read_text() == "step\n1\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_csv_refuses_new_columns_where_it_cannot_be_written_anew() -> None:
+    sink = CsvFile("/dev/null")
+    sink({"step": 1}, 1)
+    with pytest.raises(GradStatsError, match="step 2 has loss, which the first row of /dev/null"):
         sink({"step": 2, "loss": 1.0}, 2)
 
 

@@ -6,6 +6,7 @@ Several processes: `rank_cases_schedulers.py`, run by `test_distributed.py`.
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 
 import pytest
@@ -221,6 +222,13 @@ def test_state_goes_on_exactly_and_elsewhere():
     other[3].load_state_dict(states[1])
     assert other[3].batch_size == 16 * round(states[1]["batch_size"] / 16)
     assert other[2].batch_size == other[3].batch_size
+
+
+@pytest.mark.parametrize("what", [None, [1, 2]])
+def test_what_is_no_loader_is_refused(what):
+    said = rf"loader={re.escape(repr(what))} has no micro_batch_size, accumulation_steps, .* pass a"
+    with pytest.raises(InvalidArgumentError, match=said):
+        BatchSizeScheduler(noise_scale, what)
 
 
 def test_any_loader_with_accumulation_steps():

@@ -40,7 +40,9 @@ def register(application: Any) -> None:
         data_samples: Annotated[
             int | None, Option(help="Samples in the data, for epochs. Default: as measured.")
         ] = None,
-        ranks: Annotated[int, Option(help="Devices to train on.")] = 1,
+        ranks: Annotated[
+            int | None, Option(help="Devices to train on. Default: as measured, else 1.")
+        ] = None,
         collective_seconds: Annotated[
             float, Option(help="Of a step's collectives over all ranks.")
         ] = 0.0,

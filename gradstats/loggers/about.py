@@ -16,9 +16,9 @@ class About:
     """None where the log does not say (those of earlier versions hold rows alone).
 
     `optimizer`: its class name. `confidence`, `method`, `calibration`, `note`: of the noise scale, see
-    `NoiseScale`. `sample`: what is counted, "example" or "token". `timing`: seconds of a step by batch
-    size, as `gradstats.measure_step` found them; its sizes are in whole samples, `tokens_per_sample` each
-    where tokens are counted.
+    `NoiseScale`. `sample`: what is counted, "example" or "token". `world_size`: processes that train
+    together. `timing`: seconds of a step by batch size, as `gradstats.measure_step` found them; its sizes
+    are in whole samples, `tokens_per_sample` each where tokens are counted.
     """
 
     optimizer: str | None = None
@@ -27,6 +27,7 @@ class About:
     calibration: float | None = None
     note: str | None = None
     sample: str | None = None
+    world_size: int | None = None
     tokens_per_sample: float | None = None
     timing: StepTime | None = None
 
@@ -46,6 +47,9 @@ class About:
             known["timing"] = timing = StepTime.from_dict(known["timing"])
             if not timing.seconds(timing.max_micro_batch_size) > 0:
                 raise ValueError(f"a step takes {timing.seconds(timing.max_micro_batch_size)} s")
+        ranks = known.get("world_size")
+        if ranks is not None and (type(ranks) is not int or ranks < 1):
+            raise ValueError(f"{ranks} processes")
         for name in ("confidence", "calibration", "tokens_per_sample"):
             if known.get(name) is not None:
                 known[name] = float(known[name])

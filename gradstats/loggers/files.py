@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -82,23 +84,53 @@ class JsonLines(_File):
 
 
 class CsvFile(_File):
-    """Comma-separated values, a column for each number of the first row; later ones must fit those."""
+    """Comma-separated values, a column for each number. `resume` adds to what is there.
+
+    Where a row brings a new number, the file is written anew with its column added, which is empty in
+    the rows before; it takes the place of the old one once it is whole. Raises GradStatsError where the
+    path is no regular file, so that this cannot be done.
+    """
 
     def __init__(self, path: str | Path, *, resume: bool = False) -> None:
         super().__init__(path, resume=resume)
-        self._columns: list[str] | None = None
+        self._columns: list[str] = []
         if resume and self.path.stat().st_size:
-            with self.path.open(encoding="utf-8", newline="") as file:
-                self._columns = next(csv.reader(file), None)
+            with self._read() as file:
+                self._columns = next(csv.reader(file), [])
+
+    def _read(self) -> TextIO:
+        return self.path.open(encoding="utf-8", errors="replace", newline="")
 
     def _write(self, row: Row, step: int) -> None:
-        if self._columns is None:
-            self._columns = list(row)
-            csv.writer(self._file).writerow(self._columns)
         new = [name for name in row if name not in self._columns]
-        if new:
-            raise GradStatsError(
-                f"step {step} has {', '.join(new)}, which the first row of {self.path} had not; a CSV file "
-                "has the same columns throughout. Pass the same numbers in every step, or use JsonLines"
-            )
+        if new and self._columns:
+            self._widen(new, step)
+        elif new:
+            self._columns = new
+            csv.writer(self._file).writerow(new)
         csv.writer(self._file).writerow([row.get(name, "") for name in self._columns])
+
+    def _widen(self, new: list[str], step: int) -> None:
+        """The same rows in a file with more columns."""
+        if not self.path.is_file():
+            raise GradStatsError(
+                f"step {step} has {', '.join(new)}, which the first row of {self.path} had not, and what "
+                "is no regular file cannot be written anew. Pass the same numbers in every step, or use "
+                "JsonLines"
+            )
+        columns = [*self._columns, *new]
+        path = self.path.resolve()
+        whole = path.with_name(f"{path.name}.new")
+        try:
+            with self._read() as rows, whole.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(columns)
+                for row in islice(csv.reader(rows), 1, None):
+                    writer.writerow(row + [""] * (len(columns) - len(row)))
+            shutil.copymode(path, whole)
+            self._file.close()
+            whole.replace(path)
+        except BaseException:
+            whole.unlink(missing_ok=True)
+            raise
+        self._file, self._columns = path.open("a", encoding="utf-8", newline=""), columns

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from gradstats.advice import require_one_unit
 from gradstats.errors import InvalidArgumentError
-from gradstats.estimators import NoiseScale
+from gradstats.estimators import NoiseScale, require
 from gradstats.loggers.about import About
 from gradstats.stats import GradStats
 from gradstats.step_time import StepTime
@@ -75,9 +76,13 @@ class Log:
         """Note what `gradstats.measure_step` found, so that advice from the log weighs time.
 
         At any time until `close`, before the training or after it. `tokens_per_sample`: where the monitor
-        counts tokens. Raises InvalidArgumentError where that is missing, or out of place.
+        counts tokens. Raises InvalidArgumentError where that is missing, or out of place, and for times of
+        another number of processes than train here.
         """
         require_one_unit(self.monitor.sample, timing, tokens_per_sample)
+        ranks = self.monitor.world_size
+        remedy = f"pass what measure_step finds on the {ranks:,} that train here"
+        require(timing.world_size == ranks, "timing.world_size", timing.world_size, remedy)
         self._timing, self._tokens = timing, tokens_per_sample
         self._say(self.monitor.noise_scale())
 
@@ -129,6 +134,7 @@ class Log:
             calibration=noise.calibration,
             note=noise.note,
             sample=self.monitor.sample,
+            world_size=self.monitor.world_size,
             tokens_per_sample=self._tokens,
             timing=self._timing,
         )
@@ -145,11 +151,10 @@ class Log:
                 if place in self._failed:
                     continue
                 self._failed.add(place)
-                name = getattr(sink, "__qualname__", type(sink).__qualname__)
                 warnings.warn(
-                    f"the sink {name} failed at step {self.steps} ({type(error).__name__}: {error}), and "
-                    "its row is lost. The training goes on; later rows are offered to it without another "
-                    "warning",
+                    f"the sink {_name(sink, place)} failed at step {self.steps} "
+                    f"({type(error).__name__}: {error}), and its row is lost. The training goes on; later "
+                    "rows are offered to it without another warning",
                     stacklevel=4,
                 )
 
@@ -202,3 +207,10 @@ class Log:
         now = stats.layer_tr_sigma.nan_to_num(0.0, 0.0, 0.0)
         self._names = stats.coverage.names
         self._shares = now if self._shares is None else self._shares * FADING + now
+
+
+def _name(sink: Sink, place: int) -> str:
+    """What a sink is called in the code; one without a name of its own by its place."""
+    name = str(getattr(sink, "__qualname__", type(sink).__qualname__))
+    nameless = name.endswith("<lambda>") or isinstance(sink, partial)
+    return f"log.sinks[{place}]" if nameless else name

@@ -15,6 +15,7 @@ from gradstats.errors import InvalidArgumentError
 from gradstats.estimators import NoiseScale
 from gradstats.layouts import LARGEST
 from gradstats.loggers.about import About
+from gradstats.step_time import StepTime
 
 __all__ = ["Logged", "entry_of", "read_lines", "read_log"]
 
@@ -28,6 +29,26 @@ class Logged:
     rows: Sequence[dict[str, Any]]
     about: About = field(default_factory=About)
     spoilt: int = 0
+
+    @property
+    def world_size(self) -> int | None:
+        """Processes that trained together; None where the log does not say."""
+        about = self.about
+        if about.world_size is None and about.timing is not None:  # a log of an earlier version
+            return about.timing.world_size
+        return about.world_size
+
+    @property
+    def timing(self) -> StepTime | None:
+        """Step times of as many processes as trained, of which alone advice can rest on them."""
+        timing = self.about.timing
+        return timing if timing is not None and timing.world_size == self.world_size else None
+
+    @property
+    def batch_size(self) -> int | None:
+        """The last one, over all processes: of a step that is as large on each; None where not known."""
+        size, ranks = self.present("batch_size"), self.world_size or 1
+        return math.ceil(size / ranks) * ranks if size and 1 <= size <= LARGEST else None
 
     def noise_scale(self) -> NoiseScale | None:
         """That of the last row that has one, as the monitor had it; None where none has."""
@@ -62,21 +83,20 @@ class Logged:
 
     def recommend(self, *, max_micro_batch_size: int | None = None) -> BatchSizeAdvice | None:
         """As `Monitor.recommend`, from the last rows; None without a noise scale and a batch size."""
-        noise, size, about = self.noise_scale(), self.present("batch_size"), self.about
-        if noise is None or size is None or not 1 <= size <= LARGEST:
+        noise, size, about = self.noise_scale(), self.batch_size, self.about
+        if noise is None or size is None:
             return None
-        ranks = 1 if about.timing is None else about.timing.world_size
         rate = self.present("learning_rate")
         known = about.optimizer is not None and rate is not None and rate >= 0
         return recommend(
             noise,
-            batch_size=math.ceil(size / ranks) * ranks,
+            batch_size=size,
             learning_rate=rate if known else None,
             optimizer=about.optimizer,
-            step_seconds=about.timing,
+            step_seconds=self.timing,
             tokens_per_sample=about.tokens_per_sample,
             max_micro_batch_size=max_micro_batch_size,
-            world_size=ranks,
+            world_size=self.world_size or 1,
         )
 
 

@@ -90,6 +90,12 @@ class BatchSizeScheduler:
         tokens_per_sample: float | None = None,
         process_group: Any = None,
     ) -> None:
+        lacking = [name for name in Loader.__annotations__ if not hasattr(loader, name)]
+        if lacking:
+            raise InvalidArgumentError(
+                f"loader={loader!r} has no {', '.join(lacking)}: pass a gradstats.StepLoader, or what else "
+                "can change its accumulation_steps"
+            )
         if every is None:
             every = 1 if monitor is None else READ_EVERY
         every = whole("every", every)

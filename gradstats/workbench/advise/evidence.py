@@ -46,12 +46,12 @@ class Evidence:
     """All that is known; None and empty where it is not. Batch sizes are in samples.
 
     `noise`: the noise scale, in samples. `batch_size`, `learning_rate`, `optimizer`, `betas`: those of the
-    training that was measured. `critical`: the critical batch over the noise scale. `largest`: samples that
-    fit a device at once, with a margin. `rates`, and how they grow with the batch: ∝ B to the `exponent`,
-    or, where they saturate, ∝ 1/(1 + `rate_noise`/B). `batch_norm`: names of BatchNorm layers, None where
-    there are none or it is not known. `curves`: losses over trainings, those of one kind (other seeds)
-    together. `sweep`: validation losses at the end by (batch size, learning rate). `sources`: what came from
-    where, in words.
+    training that was measured, on `world_size` processes. `critical`: the critical batch over the noise
+    scale. `largest`: samples that fit a device at once, with a margin. `rates`, and how they grow with the
+    batch: ∝ B to the `exponent`, or, where they saturate, ∝ 1/(1 + `rate_noise`/B). `batch_norm`: names of
+    BatchNorm layers, None where there are none or it is not known. `curves`: losses over trainings, those
+    of one kind (other seeds) together. `sweep`: validation losses at the end by (batch size, learning rate).
+    `sources`: what came from where, in words.
     """
 
     noise: NoiseScale | None = None
@@ -61,6 +61,7 @@ class Evidence:
     betas: tuple[float, ...] | None = None
     data_samples: int | None = None
     timing: StepTime | None = None
+    world_size: int | None = None
     critical: float | None = None
     largest: int | None = None
     rates: tuple[RatePoint, ...] = ()
@@ -207,19 +208,22 @@ def of_log(log: Logged, name: str) -> Evidence:
     curve, about = _curve(name, log.rows, "step"), log.about
     said = f"{name}: {len(log.rows)} rows"
     found = Evidence(curves=((curve,),) if curve.at else (), sources=(said,))
-    noise, size = log.noise_scale(), log.present("batch_size")
+    noise, size = log.noise_scale(), log.batch_size
     if noise is None:
         return found
     if about.tokens_per_sample:
         noise = noise.per(about.tokens_per_sample)
-        size = None if size is None else max(1.0, size / about.tokens_per_sample)
+        ranks = log.world_size or 1
+        each = 0 if size is None else max(1, round(size / about.tokens_per_sample / ranks))
+        size = each * ranks or None
     return replace(
         found,
         noise=noise,
-        batch_size=None if size is None else round(size) or None,
+        batch_size=size,
         learning_rate=log.present("learning_rate"),
         optimizer=about.optimizer,
-        timing=about.timing,
+        timing=log.timing,
+        world_size=log.world_size,
         sources=(*found.sources, f"{name}: {noise}"),
     )
 

@@ -90,7 +90,7 @@ def advise(
     evidence: Evidence,
     *,
     task: str | None = None,
-    ranks: int = 1,
+    ranks: int | None = None,
     collective_seconds: float = 0.0,
     max_batch_size: int | None = None,
     epochs: float | None = None,
@@ -104,8 +104,9 @@ def advise(
     Args:
         evidence: measurements; `dataclasses.replace` puts other present settings into it.
         task: a key of STARTING_POINTS, for where nothing was measured.
-        ranks: devices to train on. Where step times were measured, fewer are chosen if that is as quick,
-            at `collective_seconds` a step for the collectives of all of them.
+        ranks: devices to train on (default: as many as the training that was measured). Where step times
+            were measured, fewer are chosen if that is as quick, at `collective_seconds` a step for the
+            collectives of all of them.
         max_batch_size, goal, device_hour_price: as for `gradstats.recommend`; a price needs step times.
         epochs, steps_left: of the training to come at the present batch size, either one; the plan's steps
             follow. `epochs` needs the number of samples in the data.
@@ -113,7 +114,7 @@ def advise(
 
     Raises InvalidArgumentError where there is nothing to go by, or an argument is out of range.
     """
-    whole("ranks", ranks)
+    ranks = whole("ranks", ranks, evidence.world_size or 1)
     require(epochs is None or 0 < epochs < math.inf, "epochs", epochs, "pass a number above 0")
     both = epochs is not None and steps_left is not None
     require(not both, "epochs, steps_left", (epochs, steps_left), "pass one of them")
