@@ -12,8 +12,9 @@ from torch import Tensor
 
 import gradstats
 from gradstats.calibration import calibrate
-from gradstats.estimators import NoiseScale
+from gradstats.estimators import DEFAULT_HALF_LIFE, NoiseScale
 from gradstats.momentum import BufferWeights
+from gradstats.roots import AveragedRoots
 
 Batch = tuple[Tensor, Tensor]
 DECAY = 0.9  # of the momentum buffer
@@ -77,14 +78,25 @@ def by_momentum(
 
 
 def by_geometry(
-    fixture: Regression, samples: int, kind: str, pairs: Array, layer: bool = False
+    fixture: Regression,
+    samples: int,
+    kind: str,
+    pairs: Array,
+    layer: bool = False,
+    variances: Tensor | None = None,
 ) -> list[NoiseScale]:
-    """Of each run, from (R, 2, K) of each step's two moments: of the model, or of one `layer`."""
+    """Of each run, from (R, 2, K) of each step's two moments: of the model, or of one `layer`.
+
+    `variances`: (R, K, d), of each step.
+    """
     monitor, found = monitor_of(fixture, geometry=kind, moments=True), []
     blank = monitor.state_dict()
-    for rows in pairs:
+    for run, rows in enumerate(pairs):
         steps = [[samples, [[pair]]] for pair in rows.T.tolist()]
-        state = {"names": ["norm.weight"], "found": steps}
+        roots = AveragedRoots(DEFAULT_HALF_LIFE)
+        for var in [] if variances is None else variances[run]:
+            roots.add([var], [len(var)], samples)
+        state = {"names": ["norm.weight"], "found": steps, "roots": roots.state_dict()}
         monitor.load_state_dict({**blank, "geometry": state})
         layers = monitor.layer_noise_scales(kind) if layer else {}
         found.append(layers["norm.weight"] if layer else monitor.noise_scale(kind))

@@ -4,9 +4,9 @@
 
 Steps are drawn from the exact distribution of a linear regression's gradients (`closed_form.py`), and given
 to the functions that a monitor gives its own to. Shown are the bias of tr Σ and |G|², in percent of the
-truth with a standard error, that of their ratio over as many steps as bring it to ±10%, and the share of
-nominal 90% intervals that hold the truth, for runs of several lengths; then the same intervals for steps
-that resemble each other, and for a noise scale that moves.
+truth with a standard error, that of their ratio over as many steps as bring it to ±10% (as it is, `value`,
+and `unbiased`), and the share of nominal 90% intervals that hold the truth, for runs of several lengths;
+then the same intervals for steps that resemble each other, and for a noise scale that moves.
 """
 
 from __future__ import annotations
@@ -42,39 +42,41 @@ from gradstats.workbench.saved import environment
 
 DIM, SIGN = 64, 'geometry="sign"'
 # Samples of a step, noise scale, steps.
-SETTINGS = ((16, 80, 360_000), (64, 320, 360_000))
+SETTINGS = ((16, 80, 1_600_000), (64, 320, 800_000))
 LENGTHS = (20, 60, 200)
-RUNS = 1001  # at most, of one length
+RUNS = 1001  # at most, for a coverage
 ENOUGH = 700  # runs, for a coverage to be shown
 WITHIN = 0.06  # relative standard deviation of an estimate that is within 10% in nine of ten runs
 BLOCK = 20_000  # steps in memory at a time
-MEANS = 200_000  # steps whose mean gradients are kept
-SIGNED = 60_000  # steps of normal gradients
+KEPT = 300_000  # steps whose mean gradients and variances are kept, and of normal gradients
 CORRELATIONS = (0.5, 0.8)
 HALVINGS = (math.inf, 1000, 300, 100)  # steps in which |G|² halves
 HALF_LIFE = 50
-CURVATURES = {12: 1000, 30: 1000}  # runs of so many windows
+CURVATURES = {12: 4000, 30: 2000}  # runs of so many windows
 Pool = dict[str, Array]
 
 
 def drawn(
     fixture: Regression, known: dict[str, Way], samples: int, steps: int, seed: int
-) -> tuple[Pool, Tensor]:
-    """Each way's (tr Σ, |G|²) of every step, (2, K), and the first steps' mean gradients."""
+) -> tuple[Pool, Tensor, Tensor]:
+    """Each way's (tr Σ, |G|²) of every step, (2, K), and the first steps' mean gradients and variances."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[Tensor]] = defaultdict(list)
     means: list[Tensor] = []
+    variances: list[Tensor] = []
     for begin in range(0, steps, BLOCK):
         sums = fixture.sums(samples, min(BLOCK, steps - begin), generator)
         for name, way in known.items():
             found[name].append(torch.stack(way.column(sums)))
-        if begin < MEANS:
+        if begin < KEPT:
             means.append(sums.mean)
-    return {name: torch.cat(parts, 1).numpy() for name, parts in found.items()}, torch.cat(means)
+            variances.append(sums.var)
+    pool = {name: torch.cat(parts, 1).numpy() for name, parts in found.items()}
+    return pool, torch.cat(means), torch.cat(variances)
 
 
 def runs_of(pairs: Array, length: int, most: int = RUNS) -> Array:
-    """(R, C, K) of K = `length`, from (C, T)."""
+    """(R, C, K) of K = `length`, from (C, T), at `most` so many."""
     runs = min(most, pairs.shape[1] // length)
     return pairs[:, : runs * length].reshape(len(pairs), runs, length).swapaxes(0, 1)
 
@@ -95,8 +97,11 @@ def covered(found: list[NoiseScale], truth: float) -> dict[str, float]:
 def measured(fixture: Regression, samples: int, steps: int, seed: int) -> dict[str, Any]:
     """Of each way: bias of both columns and of the ratio, and coverage by number of steps."""
     known = ways(fixture)
-    pool, means = drawn(fixture, known, samples, steps, seed)
-    found = {name: of_way(fixture, samples, name, way, pool[name]) for name, way in known.items()}
+    pool, means, variances = drawn(fixture, known, samples, steps, seed)
+    found = {
+        name: of_way(fixture, samples, name, way, pool[name], variances)
+        for name, way in known.items()
+    }
     whole, first = pool["per_sample"], pool["one layer"]
     tr_sigma, square = known["per_sample"].truth
 
@@ -111,14 +116,19 @@ def measured(fixture: Regression, samples: int, steps: int, seed: int) -> dict[s
     found["from_momentum"] = momentum(fixture, samples, whole[:, : len(means)], means)
     normal = replace(fixture, normal=True)
     sign = {SIGN: ways(normal)[SIGN]}
-    pairs = drawn(normal, sign, samples, SIGNED, seed + 100)[0][SIGN]
-    found[f"{SIGN}, normal gradients"] = of_way(normal, samples, SIGN, sign[SIGN], pairs)
+    pool, _, variances = drawn(normal, sign, samples, KEPT, seed + 100)
+    name = f"{SIGN}, normal gradients"
+    found[name] = of_way(normal, samples, SIGN, sign[SIGN], pool[SIGN], variances)
     return found
 
 
-def of_way(fixture: Regression, samples: int, name: str, way: Way, pairs: Array) -> dict[str, Any]:
-    """Bias and coverage of one, from (2, T) of its steps."""
+def of_way(
+    fixture: Regression, samples: int, name: str, way: Way, pairs: Array, variances: Tensor
+) -> dict[str, Any]:
+    """Bias and coverage of one, from (2, T) of its steps and the first steps' `variances`."""
     tr_sigma, square = way.truth
+    if name == SIGN:
+        return of_signs(fixture, samples, way.truth, pairs[:, : len(variances)], variances)
 
     def look(rows: Array) -> list[NoiseScale]:
         if name == "one layer":
@@ -129,25 +139,58 @@ def of_way(fixture: Regression, samples: int, name: str, way: Way, pairs: Array)
 
     return {
         "tr_sigma": percent(pairs[0], tr_sigma), "true_grad_sq_norm": percent(pairs[1], square),
-        **seen(look, pairs, (tr_sigma / square) ** (2 if name == SIGN else 1), enough(pairs[1])),
+        **seen(look, pairs, tr_sigma / square, enough(pairs[1])),
     }  # fmt: skip
 
 
-def enough(squares: Array) -> int:
-    """Steps until their mean |G|² is known to ±10%."""
-    return math.ceil((squares.std() / squares.mean() / WITHIN) ** 2)
+def of_signs(
+    fixture: Regression, samples: int, truth: tuple[float, float], pairs: Array, variances: Tensor
+) -> dict[str, Any]:
+    """The same of steps by sign, whose ‖σ‖₁ a monitor makes of variances averaged over a run's steps."""
+    norm, gain = truth
+    norms: list[float] = []
+
+    def look(rows: Array) -> list[NoiseScale]:
+        shaped = variances[: rows.shape[0] * rows.shape[2]].unflatten(0, (len(rows), -1))
+        found = by_geometry(fixture, samples, "sign", rows, variances=shaped)
+        norms[:] = [n.tr_sigma for n in found]  # at last, of the runs that are long enough
+        return found
+
+    of_ratio = seen(look, pairs, (norm / gain) ** 2, enough(pairs[1], WITHIN / 2))
+    return {
+        "tr_sigma": percent(np.array(norms), norm), "true_grad_sq_norm": percent(pairs[1], gain),
+        **of_ratio,
+    }  # fmt: skip
+
+
+def enough(squares: Array, within: float = WITHIN) -> int:
+    """Steps until their mean |G|² has a relative standard deviation of `within`."""
+    return math.ceil((squares.std() / squares.mean() / within) ** 2)
+
+
+def both(found: list[NoiseScale], truth: float) -> dict[str, Any]:
+    """Bias of the ratio as it is, of its median, and of the unbiased one; in percent of the truth."""
+    values = np.array([n.value for n in found])
+    unbiased = [n.unbiased for n in found if n.unbiased is not None]
+    return {
+        "value": percent(values, truth), "median": float(100 * (np.median(values) / truth - 1)),
+        "unbiased": percent(np.array(unbiased), truth),
+    }  # fmt: skip
 
 
 def seen(
     look: Callable[[Array], list[NoiseScale]], pairs: Array, truth: float, enough: int
 ) -> dict[str, Any]:
     """Bias of the ratio in runs of `enough` steps, and coverage of its interval in runs of all lengths."""
-    found = {length: look(runs_of(pairs, length)) for length in (*LENGTHS, enough)}
-    # A proxy whose calibration is too uncertain says so, and nothing acts on it.
-    by_length = {length: [n for n in of if not n.uncalibrated] for length, of in found.items()}
-    values = np.array([n.value for n in by_length[enough]])
+    found = {length: look(runs_of(pairs, length)) for length in LENGTHS}
+    found[enough] = look(runs_of(pairs, enough, most=pairs.shape[1]))
+    # A proxy whose calibration has no interval says that it is of something else.
+    by_length = {
+        length: [n for n in of if n.method != "norm_layers" or n.calibration is not None]
+        for length, of in found.items()
+    }
     return {
-        "noise_scale": {"steps": enough, **percent(values, truth)},
+        "noise_scale": {"steps": enough, **both(by_length[enough], truth)},
         "coverage": {str(k): covered(found, truth) for k, found in by_length.items()},
     }
 
@@ -162,7 +205,7 @@ def momentum(fixture: Regression, samples: int, pairs: Array, means: Tensor) -> 
         own, found = by_momentum(fixture, samples, rows, shaped)
         used = sum("from the optimizer's" in n.note for n in found)
         coverage[str(length)] = {**covered(found, tr_sigma / square), "used": used}
-        bias = {"steps": length, **percent(np.array([n.value for n in found]), tr_sigma / square)}
+        bias = {"steps": length, **both(found, tr_sigma / square)}
     return {
         "tr_sigma": percent(pairs[0], tr_sigma),
         "true_grad_sq_norm": percent(np.nanmean(own, axis=1), square),
@@ -241,8 +284,8 @@ def curvatures() -> dict[str, Any]:
         means = {k: np.array([np.mean(getattr(c, k)) for c in seen]) for k in truth}
         found[str(windows)] = {
             **{k: percent(v, truth[k]) for k, v in means.items()},
-            **{k: {**percent(np.array([getattr(c, k).value for c in seen]), v),
-                   **covered([getattr(c, k) for c in seen], v)} for k, v in ratios.items()},
+            **{k: {**both(of, v), **covered(of, v)} for k, v in ratios.items()
+               if (of := [getattr(c, k) for c in seen])},
         }  # fmt: skip
     return found
 
@@ -255,7 +298,8 @@ def summary(found: dict[str, Any]) -> list[list[str]]:
         shares = [c["share"] for f in of for c in f["coverage"].values() if c["runs"] >= ENOUGH]
         row = [name]
         for column in COLUMNS:
-            biases, error = [f[column]["bias"] for f in of], max(f[column]["error"] for f in of)
+            each = [f.get(column) or f["noise_scale"][column] for f in of]
+            biases, error = [b["bias"] for b in each], max(b["error"] for b in each)
             row.append(
                 f"{min(biases):+.2f} to {max(biases):+.2f} (± {error:.2f})".replace("-", "−")
             )
@@ -263,8 +307,8 @@ def summary(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-HEAD = ["estimator", "tr Σ, %", "|G|², %", "their ratio, %", "coverage, %"]
-COLUMNS = ("tr_sigma", "true_grad_sq_norm", "noise_scale")
+HEAD = ["estimator", "tr Σ, %", "|G|², %", "value, %", "unbiased, %", "coverage, %"]
+COLUMNS = ("tr_sigma", "true_grad_sq_norm", "value", "unbiased")
 
 
 def of_correlated_steps() -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from gradstats.estimators import NoiseScale, critical_value, mean_covariance, readable
+from gradstats.ratios import fieller, unbiased_ratio
 
 __all__ = ["Calibration", "calibrate"]
 
@@ -25,13 +26,14 @@ class Calibration:
     """`value` times the noise scale of the part is that of the model, in samples over samples.
 
     `low` and `high` hold it with the probability that `calibrate` was given; `steps` is how many it was
-    measured in, 0 for a factor that was given.
+    measured in, 0 for a factor that was given. `unbiased`: right in the mean, None where it is not known.
     """
 
     value: float
     low: float
     high: float
     steps: int = 0
+    unbiased: float | None = None
 
     @property
     def usable(self) -> bool:
@@ -64,23 +66,32 @@ class Calibration:
                 (1, _over(noise.high, noise.value), _over(self.high, self.value)),
             )
         )
-        if not math.isfinite(noise.value):
-            low, high = noise.low * self.low, math.inf
+        if not 0 < noise.value < math.inf:
+            low = noise.low * self.low
+            high = math.inf if math.isinf(self.high) else noise.high * self.high
+        unbiased = None
+        if (
+            noise.unbiased is not None and self.unbiased is not None
+        ):  # of other steps, and independent
+            unbiased = noise.unbiased * self.unbiased
         return replace(
             noise,
             value=noise.value * self.value,
+            unbiased=unbiased,
             low=low,
             high=high,
-            tr_sigma=noise.tr_sigma * self.value,  # so that the ratio is the value here too
+            tr_sigma=noise.tr_sigma * self.value,
             calibration=self.value,
+            calibration_usable=self.usable,
         )
 
 
 def calibrate(whole: ArrayLike, part: ArrayLike, confidence: float = 0.9) -> Calibration:
     """The factor from K steps: `whole` and `part` (K, 2) of tr_sigma and true_grad_sq_norm.
 
-    ``(tr_w/|G|²_w)/(tr_p/|G|²_p)`` of the means over steps; its interval is by linearisation of the
-    logarithm. NaN where a mean is not above zero, and without an interval for fewer than 12 steps.
+    ``tr_w·|G|²_p/(|G|²_w·tr_p)`` of the means over steps; the interval is Fieller's, with both products
+    linearised in the means' relative errors. NaN where a mean is not above zero, and without an
+    interval for fewer than 12 steps.
     """
     rows = np.concatenate([np.asarray(whole, float), np.asarray(part, float)], axis=1)
     rows = rows[np.isfinite(rows).all(axis=1)]
@@ -89,13 +100,18 @@ def calibrate(whole: ArrayLike, part: ArrayLike, confidence: float = 0.9) -> Cal
     if not (means > 0).all():
         return Calibration(math.nan, 0.0, math.inf, steps)
     value = float(means[0] / means[1] / (means[2] / means[3]))
-    influence = (rows / means) @ np.array([1.0, -1.0, -1.0, 1.0])
+    errors = rows / means - 1
+    top, bottom = errors[:, [0, 3]], errors[:, [1, 2]]
     weights = np.full(steps, 1 / steps)
-    covariance, freedom = mean_covariance(np.stack([influence, influence], axis=1), weights)
+    covariance, freedom = mean_covariance(np.stack([top.sum(1), bottom.sum(1)], axis=1), weights)
     if not freedom:
         return Calibration(value, 0.0, math.inf, steps)
-    reach = math.exp(critical_value(freedom, confidence) * math.sqrt(covariance[0, 0]))
-    return Calibration(value, value / reach, value * reach, steps)
+    low, high = fieller(1.0, 1.0, covariance, critical_value(freedom, confidence))
+    # In the mean a product of two averages is above that of their expectations by their covariance.
+    above, below = (1 - mean_covariance(pair, weights)[0][0, 1] for pair in (top, bottom))
+    factor = unbiased_ratio(above, below, covariance) if min(above, below) > 0 else 1.0
+    unbiased = value * min(max(factor, low), high)
+    return Calibration(value, value * low, value * high, steps, unbiased)
 
 
 def _over(top: float, bottom: float) -> float:

@@ -2,7 +2,8 @@
 
 ``B_noise = tr(Σ)/|G|²`` (McCandlish et al., arXiv:1812.06162, section 2.2) is a ratio of two
 expectations. Each step gives an unbiased estimate of both, and those are smoothed first and divided
-last: a mean of per-step ratios, or clamping a negative ``|G|²`` before smoothing, is biased.
+last: a mean of per-step ratios, or clamping a negative ``|G|²`` before smoothing, is biased. What the ratio
+of averages still exceeds the true one by in the mean, their scatter tells: see `ratios`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from gradstats.errors import InvalidArgumentError
 from gradstats.noise import NoiseScale
+from gradstats.ratios import fieller, ratio, unbiased_ratio
 from gradstats.words import readable
 
 __all__ = ["NoiseScale", "noise_scale", "readable", "samples_ratio", "steps_ratio"]
@@ -35,6 +37,8 @@ def noise_scale(
     confidence: float = 0.9,
     coverage: float = 1.0,
     decay: float = 0.0,
+    overlap: int = 1,
+    squared: bool = False,
 ) -> NoiseScale:
     """Noise scale of a run from K optimizer steps in time order.
 
@@ -48,13 +52,16 @@ def noise_scale(
         coverage: fraction of the trainable parameters behind the numbers, in [0, 1].
         decay: where each ``|G|²`` is of a momentum buffer, how much of it the next step's buffer keeps,
             in [0, 1).
+        overlap: where each step's numbers are of so many batches, the batches of which the next one shares
+            all but one.
+        squared: the noise scale is the square of the ratio: both are of roots.
 
     Input from which nothing can be had gives the value ``nan``, no error; shapes that differ, or an
     option outside its range, raise ``InvalidArgumentError``.
 
     Both averages are bias-corrected exponential moving averages; the interval for their ratio is
-    Fieller's (J. R. Stat. Soc. B 16, 1954), restricted to ratios of at least zero. Where steps stay
-    correlated for longer than about a fifth of the half-life, it is too narrow.
+    Fieller's, restricted to ratios of at least zero. Where steps stay correlated for longer than about a
+    fifth of the half-life, it is too narrow.
     """
     inputs = (num_samples, tr_sigma, true_grad_sq_norm)
     samples, tr, sq = (np.asarray(x, np.float64) for x in inputs)
@@ -66,12 +73,13 @@ def noise_scale(
     require(half_life > 0, "half_life", half_life, "pass a number of steps above 0")
     require(0 < confidence < 1, "confidence", confidence, "pass a probability between 0 and 1")
     require(0 <= coverage <= 1, "coverage", coverage, "pass a fraction from 0 to 1")
+    require(overlap >= 1, "overlap", overlap, "pass a number of batches of at least 1")
     require(0 <= decay < 1, "decay", decay, "pass what a buffer keeps, from 0 to below 1")
 
     used = np.isfinite(samples) & np.isfinite(tr) & np.isfinite(sq) & (samples >= 2)
     steps = int(used.sum())
     value = mean_tr = mean_sq = math.nan
-    low, high = 0.0, math.inf
+    low, high, unbiased = 0.0, math.inf, None
     if steps:
         series = np.stack([tr[used], sq[used]], axis=1)
         weights = np.exp2(-np.arange(steps, dtype=np.float64)[::-1] / half_life)
@@ -85,14 +93,18 @@ def noise_scale(
         # in for it, here and in the interval, which only widens by that.
         top, bottom = (max(float(m), 0.0) for m in mean)
         numerator, denominator = (float(s) for s in scale)
-        value = _ratio(top, bottom) * numerator / denominator
-        covariance, freedom = mean_covariance(series, weights, (0.0, decay))
+        value = ratio(top, bottom)
+        value *= value if squared else 1
+        covariance, freedom = mean_covariance(series, weights, (0.0, decay), overlap)
         if freedom:
-            critical = critical_value(freedom, confidence)
-            low, high = _fieller(top, bottom, covariance, critical)
-            # Rounding must not put the value outside its interval.
-            low = min(low * numerator / denominator, value)
-            high = max(high * numerator / denominator, value)
+            low, high = fieller(top, bottom, covariance, critical_value(freedom, confidence))
+            low, high = (low * low, high * high) if squared else (low, high)
+            low, high = min(low, value), max(high, value)  # whatever rounding does
+            if value < math.inf:
+                unbiased = min(max(unbiased_ratio(top, bottom, covariance, squared), low), high)
+        for _ in range(2 if squared else 1):
+            value, low, high = (v * numerator / denominator for v in (value, low, high))
+            unbiased = None if unbiased is None else unbiased * numerator / denominator
     return NoiseScale(
         value=value,
         low=low,
@@ -104,6 +116,7 @@ def noise_scale(
         tr_sigma=mean_tr,
         true_grad_sq_norm=mean_sq,
         coverage=float(coverage),
+        unbiased=unbiased,
     )
 
 
@@ -120,17 +133,19 @@ def samples_ratio(batch_size: float, noise: float) -> float:
 
     McCandlish et al., arXiv:1812.06162, section 2.3: (S/S_min − 1)(E/E_min − 1) = 1.
     """
-    return 1.0 + _ratio(batch_size, noise)
+    return 1.0 + ratio(batch_size, noise)
 
 
 def mean_covariance(
-    series: Array, weights: Array, decays: tuple[float, float] = (0.0, 0.0)
+    series: Array, weights: Array, decays: tuple[float, float] = (0.0, 0.0), overlap: int = 1
 ) -> tuple[Array, int]:
     """(2, 2) covariance of the weighted mean of a (K, 2) series, and its degrees of freedom.
 
     `decays`: what each column is known to keep from step to step. Over a run that is not many times that
     memory the scatter of slow cosines would fall short; what is new in a step is nearly independent, and its
     scatter over ``1 - decay`` is that of the mean (prewhitening: Andrews and Monahan, Econometrica 60, 1992).
+    `overlap`: of how many batches each step is a moving sum, of which a cosine of frequency ω sees less than
+    the mean, by Dirichlet's kernel sin(mω/2)/(m sin(ω/2)) at most.
 
     Robust to autocorrelation: the equal-weighted cosine estimator of Lazarus, Lewis, Stock and
     Watson (J. Bus. Econ. Stat. 36, 2018). Only slow cosines carry the scatter that a long mean
@@ -159,6 +174,9 @@ def mean_covariance(
     waves = weights[:, None] * np.cos(np.pi * time[:, None] * np.arange(cosines + 1))
     basis = np.linalg.qr(waves)[0][:, 1:]  # the first column is the weights themselves
     scatter = basis.T @ residual
+    if overlap > 1:
+        half = np.pi / 2 * np.arange(1, cosines + 1)[:, None] / steps
+        scatter *= overlap * np.sin(half) / np.sin(overlap * half)
     constant = basis.sum(axis=0)
     size = constant @ constant
     if size > 1e-12 * len(weights):  # zero for equal weights, where nothing is left to remove
@@ -178,24 +196,6 @@ def _lag_one(residual: Array) -> float:
     """The larger lag-one autocorrelation of two columns, from 0 to 0.97."""
     power = np.maximum((residual**2).sum(axis=0), np.finfo(np.float64).tiny)
     return float(np.clip((residual[1:] * residual[:-1]).sum(axis=0) / power, 0, 0.97).max())
-
-
-def _fieller(top: float, bottom: float, covariance: Array, t: float) -> tuple[float, float]:
-    """Ends of ``{ρ ≥ 0 : (top − ρ·bottom)² ≤ t²·Var(top − ρ·bottom)}``, for top, bottom ≥ 0."""
-    a = bottom**2 - t**2 * float(covariance[1, 1])
-    b = top * bottom - t**2 * float(covariance[0, 1])
-    c = top**2 - t**2 * float(covariance[0, 0])
-    root = math.sqrt(max(b**2 - a * c, 0.0))
-    # a ≤ 0: the denominator may be zero, no ratio is too large. c ≤ 0: the numerator may be zero.
-    low = _ratio(c, b + root) if c > 0 else 0.0
-    high = (b + root) / a if a > 0 else math.inf
-    return (low if math.isfinite(low) else 0.0), high
-
-
-def _ratio(top: float, bottom: float) -> float:
-    if bottom > 0:
-        return top / bottom
-    return math.inf if top > 0 else math.nan
 
 
 def require(holds: bool, name: str, seen: object, remedy: str) -> None:

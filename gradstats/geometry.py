@@ -6,9 +6,8 @@ adam    tr(PΣ)/(GᵀPG) with P = 1/(√v̂ + ε), the optimizer's preconditione
 sign    ‖σ‖₁²/‖G‖₁², what a step by signs sees (Bernstein et al. 2018, arXiv:1802.04434). |ḡ| says nothing
         of |G| where there is more noise than gradient; sign(m)·ḡ, with a momentum m of earlier steps, is
         unbiased for the part of ‖G‖₁ that steps along sign(m) gain. It is at most ‖G‖₁, so the
-        noise scale is at most what is reported. ‖σ‖₁ is unbiased for normal gradients; where their
-        kurtosis is κ it falls short by a share of about (κ − 3)/(8N) of N samples, the noise scale by
-        twice that.
+        noise scale is at most what is reported. ‖σ‖₁ of one step is unbiased for normal gradients; what
+        it lacks for others, variances averaged over the steps tell: see `roots`.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from gradstats.distributed import owner_of, sharded, unwrapped
 from gradstats.errors import InvalidArgumentError, UnsupportedLayerError
 from gradstats.estimators import NoiseScale, noise_scale
 from gradstats.options import Options
+from gradstats.roots import AveragedRoots, shortness
 from gradstats.stats import GradStats, at_least_one
 
 HISTORY = 1000  # steps: two numbers per parameter and geometry each
@@ -48,16 +48,7 @@ def sign_moments(
 
     `momentum`: of earlier steps, with none of these samples.
     """
-    # Of N normal samples, the mean of the standard deviation over the true one.
-    n, short = samples, torch.full((), torch.nan, dtype=torch.float64, device=var.device)
-    if isinstance(n, Tensor):
-        n = n.double()
-        short = torch.exp(torch.lgamma(n / 2) - torch.lgamma((n - 1) / 2)) * torch.sqrt(2 / (n - 1))
-    elif n > 1:
-        short = short.fill_(
-            math.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2)) * (2 / (n - 1)) ** 0.5
-        )
-    return var.sqrt().sum() / short, (momentum.sign() * grad).sum()
+    return var.sqrt().sum() / shortness(samples), (momentum.sign() * grad).sum()
 
 
 class Geometry:
@@ -79,6 +70,7 @@ class Geometry:
         self.names: tuple[str, ...] = ()
         self._pending: deque[tuple[int | Tensor, Tensor]] = deque(maxlen=HISTORY)
         self._found: deque[tuple[int, list[list[list[float]]]]] = deque(maxlen=HISTORY)
+        self._roots = AveragedRoots(options.half_life)
 
     def add(self, stats: GradStats) -> None:
         """Remember a step, before the optimizer's. Does not wait for the device."""
@@ -86,6 +78,7 @@ class Geometry:
         if names != self.names:  # frozen or freed since: what was before is of other parameters
             self._pending.clear()
             self._found.clear()
+            self._roots.clear()
             self.names = names
         read = {"plain": self._plain, "adam": self._adam, "sign": self._sign}
         rows = [read[kind](stats) for kind in self._options.geometry]
@@ -103,11 +96,13 @@ class Geometry:
         return self._by_parameter(stats, _preconditioner, adam_moments)
 
     def _sign(self, stats: GradStats) -> Tensor:
+        variances = [stats.grad_var.get(name) for name in stats.coverage.names]
+        self._roots.add(variances, stats.coverage.sizes, stats.samples)
         return self._by_parameter(stats, _momentum, sign_moments)
 
     def _by_parameter(self, stats: GradStats, read: Any, moments: Any) -> Tensor:
-        device, rows = stats.mean_sq_norm.device, []
-        nothing = torch.full((2,), torch.nan, dtype=torch.float64, device=device)
+        nothing = torch.full((), torch.nan, dtype=torch.float64, device=stats.mean_sq_norm.device)
+        pairs: list[Tensor] = []
         optimizer = self._options.optimizer
         assert optimizer is not None
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -124,15 +119,14 @@ class Geometry:
             if name in stats.grad_var and grad is not None and id(param) in groups:
                 found = read(optimizer.state.get(param, {}), groups[id(param)])
             if found is None:
-                rows.append(nothing)
+                pairs += (nothing, nothing)
                 continue
             var = stats.grad_var[name]
             assert grad is not None
-            pair = moments(
+            pairs += moments(
                 self._in_units(grad.to(var.dtype), stats, row), var, found, stats.samples
             )
-            rows.append(torch.stack(pair).double())
-        return torch.stack(rows)
+        return torch.stack(pairs).double().view(-1, 2)
 
     def _in_units(self, grad: Tensor, stats: GradStats, row: int) -> Tensor:
         """In the record's: a summed loss and a loss scale are in `p.grad`, and not in the variance."""
@@ -153,14 +147,25 @@ class Geometry:
 
     def noise_scale(self, kind: str) -> NoiseScale:
         """Of all parameters together."""
-        return self._of(kind, [sum_known(rows) for rows in self._rows(kind)])
+        return self._of(kind, [sum_known(rows) for rows in self._whole(kind)])
 
     def layers(self, kind: str) -> dict[str, NoiseScale]:
         """Of each parameter."""
-        steps = self._rows(kind)
+        steps = self._whole(kind)
         return {
             name: self._of(kind, [rows[i] for rows in steps]) for i, name in enumerate(self.names)
         }
+
+    def _whole(self, kind: str) -> list[list[list[float]]]:
+        """Of each step and parameter, with what the roots of a step's variances lack."""
+        steps = self._rows(kind)
+        if kind != "sign" or not steps:
+            return steps
+        factors = self._roots.factors()
+        return [
+            [[factor * noise, gain] for factor, (noise, gain) in zip(factors, rows, strict=True)]
+            for rows in steps
+        ]
 
     def _rows(self, kind: str) -> list[list[list[float]]]:
         if kind not in self._options.geometry:
@@ -176,25 +181,25 @@ class Geometry:
         options = self._options
         found = noise_scale(
             [n for n, _ in self._found], [a for a, _ in pairs], [b for _, b in pairs],
-            half_life=options.half_life, confidence=options.confidence,
+            half_life=options.half_life, confidence=options.confidence, squared=kind == "sign",
         )  # fmt: skip
         found = replace(found, geometry=kind, tokens_per_sample=options.tokens_per_sample)
         if kind != "sign":
             return found
-        squared = {k: getattr(found, k) ** 2 for k in ("value", "low", "high")}
-        note = "at most, for a momentum's signs are not all right"
-        return replace(found, **squared, note=note)
+        return replace(found, note="at most, for a momentum's signs are not all right")
 
     def state_dict(self) -> dict[str, Any]:
         """As plain numbers."""
         self._read()
-        return {"names": list(self.names), "found": [[n, rows] for n, rows in self._found]}
+        found = [[n, rows] for n, rows in self._found]
+        return {"names": list(self.names), "found": found, "roots": self._roots.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`."""
         self._pending.clear()
         self.names = tuple(state["names"])
         self._found = deque(((n, rows) for n, rows in state["found"]), maxlen=HISTORY)
+        self._roots.load_state_dict(state.get("roots"))
 
 
 def sum_known(rows: list[list[float]]) -> list[float]:

@@ -31,6 +31,8 @@ from gradstats.install import ENTRY
 
 __all__ = ["Curvature", "curvature"]
 
+WINDOW = 3  # batches of an estimate
+
 
 @dataclass(frozen=True)
 class Curvature:
@@ -97,7 +99,9 @@ class Curvature:
 
     def _ratio(self, top: Sequence[float], bottom: Sequence[float]) -> NoiseScale:
         counts = [max(self.batch_size, 2)] * len(top)  # each window brings one more batch
-        return noise_scale(counts, top, bottom, half_life=math.inf, confidence=self.confidence)
+        return noise_scale(
+            counts, top, bottom, half_life=math.inf, confidence=self.confidence, overlap=WINDOW
+        )
 
 
 def curvature(

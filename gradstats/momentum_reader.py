@@ -122,13 +122,15 @@ class MomentumReader:
             return noise
         counts, traces, single = (column[-len(self._found) :] for column in series)
         options = self._options
-        memory = {"half_life": options.half_life, "confidence": options.confidence}
-        seen = compare(self._found, single, **memory)
+        seen = compare(
+            self._found, single, half_life=options.half_life, confidence=options.confidence
+        )
         if seen.stale is False:
             decay = self._settings()[0]
             found = noise_scale(
-                counts, traces, self._found, coverage=noise.coverage, decay=decay, **memory
-            )
+                counts, traces, self._found, half_life=options.half_life,
+                confidence=options.confidence, coverage=noise.coverage, decay=decay,
+            )  # fmt: skip
             note = f"single steps leave room for {readable(max(seen.bound, 1.0))} times that"
             return replace(found, note=f"|G|² from the optimizer's momentum buffer ({note})")
         broken = self._weights.breaks

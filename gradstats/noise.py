@@ -33,13 +33,16 @@ _GEOMETRY = {
 class NoiseScale:
     """Gradient noise scale ``tr_sigma / true_grad_sq_norm``, in samples, and how far to trust it.
 
+    ``value`` is the ratio of the two averages, as often above the true one as below; ``unbiased`` is right in
+    the mean (see `gradstats.ratios`), and what to average over runs; None where it is not known.
     ``low`` and ``high`` hold the true value with probability ``confidence``; ``high`` is ``inf``
     where the data set no upper end. ``value`` is ``inf`` where the smoothed ``|G|²`` is not above
     zero, ``nan`` where nothing usable was measured. ``num_samples`` counts the samples of the
     ``num_steps`` used steps; ``num_skipped`` steps were left out (not finite, or fewer than two
     samples). ``coverage`` is the fraction of the trainable parameters that was measured. ``method`` is
     that of ``attach``; ``calibration`` the factor that a proxy's noise scale was multiplied by, ``None``
-    where it was not. ``tokens_per_sample``: tokens that a sample holds on average, where known.
+    where it was not, and ``calibration_usable`` whether that is known well enough to act on.
+    ``tokens_per_sample``: tokens that a sample holds on average, where known.
     ``note``: what else is to be said of it.
     ``geometry``: see ``attach``; in others than "plain", the ratio of ``tr_sigma`` to ``true_grad_sq_norm``
     is of what stands for them there (for "sign", its root).
@@ -57,23 +60,26 @@ class NoiseScale:
     coverage: float = 1.0
     method: str = "per_sample"
     calibration: float | None = None
+    calibration_usable: bool = True
     tokens_per_sample: float | None = None
     note: str = ""
     geometry: str = "plain"
+    unbiased: float | None = None
 
     @property
     def actionable(self) -> bool:
         """Whether a batch size can be chosen by it.
 
-        The value is finite, its interval narrow enough, and it is not a proxy without calibration.
+        The value is finite, its interval narrow enough, and it is not a proxy without usable calibration.
         """
         known = math.isfinite(self.value) and self.high <= WIDEST_USEFUL * self.low
         return known and not self.uncalibrated
 
     @property
     def uncalibrated(self) -> bool:
-        """Whether it is of a part of the model, and not known how to bring it to the whole."""
-        return self.method == "norm_layers" and self.calibration is None
+        """Whether it is of a part of the model, and not known well how to bring it to the whole."""
+        known = self.calibration is not None and self.calibration_usable
+        return self.method == "norm_layers" and not known
 
     @property
     def tokens(self) -> float | None:
@@ -85,7 +91,8 @@ class NoiseScale:
 
         Their variance is a ``tokens``-th of a token's, and so is the noise scale. Counts stay.
         """
-        scaled = {k: getattr(self, k) / tokens for k in ("value", "low", "high", "tr_sigma")}
+        names = ("value", "low", "high", "tr_sigma", "unbiased")
+        scaled = {k: v / tokens for k in names if (v := getattr(self, k)) is not None}
         return replace(self, **scaled)
 
     def to_dict(self) -> dict[str, float | int | str | None]:
@@ -121,11 +128,13 @@ def _sentence(noise: NoiseScale) -> str:
     range_ = f"({100 * noise.confidence:.3g}% interval {readable(noise.low)} {end})"
     needs, name = _NEEDS[noise.method], f"noise scale{_GEOMETRY[noise.geometry]}"
     advice = [] if noise.actionable else ["too uncertain to act on: measure more steps"]
-    if noise.uncalibrated:
+    if noise.uncalibrated and noise.calibration is None:
         name += " of the normalisation layers"
         advice = [
             "a proxy of unknown calibration: monitor.calibrate() measures what it is to the whole model's"
         ]
+    elif noise.uncalibrated:
+        advice = ["a proxy of uncertain calibration: monitor.calibrate() with more steps"]
     if noise.num_steps == 0:
         head = f"{name} unknown: no variance, for no step had {needs} or more and finite values"
         advice = [f"measure steps of at least {needs}"]

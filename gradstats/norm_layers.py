@@ -41,7 +41,9 @@ class NormLayers(PerSample):
             )
         self._given, self._asked = model, options
         factor = options.calibration
-        self.calibration = None if factor is None else Calibration(factor, factor, factor)
+        self.calibration = (
+            None if factor is None else Calibration(factor, factor, factor, unbiased=factor)
+        )
         self._left = 0  # steps that are yet to be measured for all parameters
         self._pairs: list[tuple[int | Tensor, Tensor, Tensor]] = []
         super().__init__(model, options, self._chosen)
@@ -121,10 +123,13 @@ class NormLayers(PerSample):
         self._pairs = []
 
     def adjust(self, noise: NoiseScale) -> NoiseScale:
-        """The model's noise scale, where the factor is known; else that of the layers."""
+        """The model's noise scale, where the factor has an interval; else that of the layers.
+
+        However wide that is: factors chosen for a narrow one would be those that came out wrong.
+        """
         noise = replace(noise, method=METHOD)
         known = self.calibration
-        if known is None or not known.usable:
+        if known is None or not known.low > 0:
             return noise
         return known.apply(noise)
 

@@ -132,6 +132,21 @@ def test_confidence_level_is_kept(run):
     assert 0.45 <= coverage_of(run, 60, confidence=0.5) <= 0.57
 
 
+@pytest.mark.parametrize("steps", [12, 30])
+def test_interval_covers_where_steps_are_known_to_overlap(steps):
+    """Moving sums of three, in a ring, as windows of batches are."""
+    rng = np.random.default_rng(11)
+    new = rng.normal([6.0, 1.0], [2.0, 0.5], (2000, steps, 2))
+    told, untold = [], []
+    for run in (new + np.roll(new, 1, axis=1) + np.roll(new, 2, axis=1)) / 3:
+        for overlap, hits in ((3, told), (1, untold)):
+            found = noise_scale([8] * steps, *run.T, half_life=INF, overlap=overlap)
+            hits.append(found.low <= 6 <= found.high)
+    assert 0.85 <= np.mean(told) <= 0.93
+    assert np.mean(untold) < np.mean(told)
+    assert steps > 12 or np.mean(untold) < 0.85
+
+
 def test_interval_narrows_with_steps_and_holds_the_value(run):
     tr, sq, *_ = run
     found = [noise_scale(np.full(k, BATCH), tr[:k], sq[:k]) for k in (100, 400, 1600)]
@@ -316,6 +331,7 @@ def test_readable(number, text):
         ({"confidence": 1.0}, ["confidence=1.0", "between 0 and 1"]),
         ({"coverage": 1.5}, ["coverage=1.5", "fraction from 0 to 1"]),
         ({"decay": 1.0}, ["decay=1.0", "from 0 to below 1"]),
+        ({"overlap": 0}, ["overlap=0", "at least 1"]),
     ],
 )
 def test_options_out_of_range(options, parts):

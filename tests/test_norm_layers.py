@@ -136,6 +136,7 @@ def test_without_a_calibration_it_is_a_proxy_and_says_so() -> None:
     assert (twice.low, twice.high) == pytest.approx((2 * noise.low, 2 * noise.high))
     assert twice.actionable
     assert twice.value == pytest.approx(twice.tr_sigma / twice.true_grad_sq_norm)
+    assert twice.unbiased == pytest.approx(2 * noise.unbiased)
     assert "as given" in str(given._source.calibration)
 
 

@@ -15,16 +15,17 @@ __all__ = ["About"]
 class About:
     """None where the log does not say (those of earlier versions hold rows alone).
 
-    `optimizer`: its class name. `confidence`, `method`, `calibration`, `note`: of the noise scale, see
-    `NoiseScale`. `sample`: what is counted, "example" or "token". `world_size`: processes that train
-    together. `timing`: seconds of a step by batch size, as `gradstats.measure_step` found them; its sizes
-    are in whole samples, `tokens_per_sample` each where tokens are counted.
+    `optimizer`: its class name. `confidence`, `method`, `calibration`, `calibration_usable`, `note`: of the
+    noise scale, see `NoiseScale`. `sample`: what is counted, "example" or "token". `world_size`: processes
+    that train together. `timing`: seconds of a step by batch size, as `gradstats.measure_step` found them;
+    its sizes are in whole samples, `tokens_per_sample` each where tokens are counted.
     """
 
     optimizer: str | None = None
     confidence: float | None = None
     method: str | None = None
     calibration: float | None = None
+    calibration_usable: bool | None = None
     note: str | None = None
     sample: str | None = None
     world_size: int | None = None

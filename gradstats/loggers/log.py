@@ -50,8 +50,9 @@ class Log:
     A row holds `step` (optimizer steps, from 1), `samples` seen, `seconds` since the first step,
     `batch_size` (the largest of the row's steps), `loss` and whatever else `step` was given (means over the
     steps since the row before), `noise_scale`, `noise_scale_low`, `noise_scale_high`, `tr_sigma`,
-    `true_grad_sq_norm`, `num_samples` and `num_steps` behind them, `num_skipped`, `coverage`, and
-    `learning_rate` where the monitor knows the optimizer. Numbers may be infinite or NaN.
+    `true_grad_sq_norm`, `num_samples` and `num_steps` behind them, `num_skipped`, `coverage`,
+    `noise_scale_unbiased` where it is known, and `learning_rate` where the optimizer is. Numbers may be
+    infinite or NaN.
     """
 
     def __init__(self, monitor: Any, *sinks: Sink, every: int = 10, layers: bool = True) -> None:
@@ -132,6 +133,7 @@ class Log:
             confidence=noise.confidence,
             method=noise.method,
             calibration=noise.calibration,
+            calibration_usable=noise.calibration_usable,
             note=noise.note,
             sample=self.monitor.sample,
             world_size=self.monitor.world_size,
@@ -187,6 +189,8 @@ class Log:
             "num_skipped": noise.num_skipped,
             "coverage": noise.coverage,
         }
+        if noise.unbiased is not None:
+            row["noise_scale_unbiased"] = noise.unbiased
         if self.monitor.optimizer is not None:
             row["learning_rate"] = float(self.monitor.optimizer.param_groups[0]["lr"])
         for name, values in self._sums.items():

@@ -71,7 +71,9 @@ class Logged:
                 "true_grad_sq_norm": _known(last.get("true_grad_sq_norm")),
                 "coverage": coverage if 0 <= coverage <= 1 else 1.0,
                 "method": about.method or "per_sample",
+                "unbiased": _known(last.get("noise_scale_unbiased")),
                 "calibration": about.calibration,
+                "calibration_usable": about.calibration_usable is not False,
                 "note": about.note or "",
             }
         )

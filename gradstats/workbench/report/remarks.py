@@ -90,7 +90,7 @@ def _of_noise(basis: Basis) -> list[str]:
     said = [noise.note] if noise.note else []
     if noise.uncalibrated:
         said.append(
-            "its noise scale is that of the normalisation layers, a proxy without calibration."
+            "its noise scale is that of the normalisation layers, a proxy without usable calibration."
         )
     if not noise.actionable and math.isfinite(noise.value):
         end = "has no upper end" if math.isinf(noise.high) else f"ends at {readable(noise.high)}"

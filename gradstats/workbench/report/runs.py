@@ -23,7 +23,8 @@ SAMPLES = Axis("samples seen")
 # Keys of rows that sections of their own show.
 KNOWN = {
     *("step", "samples", "seconds", "batch_size", "loss", "learning_rate", "tr_sigma"),
-    *("noise_scale", "noise_scale_low", "noise_scale_high", "true_grad_sq_norm"),
+    *("noise_scale", "noise_scale_low", "noise_scale_high", "noise_scale_unbiased"),
+    "true_grad_sq_norm",
     *("num_samples", "num_steps", "num_skipped", "coverage", *VALIDATION),
 }
 

@@ -145,7 +145,7 @@ def _noise(noise: NoiseScale | None, advice: BatchSizeAdvice | None) -> dict[str
     if noise is None:
         return {"noise": "this log holds no noise scale: is it one of gradstats.Log?"}
     if noise.uncalibrated:
-        text = "the noise scale is a proxy without calibration, and not to act on"
+        text = "the noise scale is a proxy without usable calibration, and not to act on"
         return {"uncertain": text}
     if not noise.actionable:
         text = "the noise scale's interval is too wide to act on: measure more steps"
