@@ -48,19 +48,22 @@ void check_cpu() {
 
 using Guard = py::call_guard<py::gil_scoped_release, c10::NoGradGuard>;
 
-// As gradstats.ops has it. Its errors keep their Python type on their way through autograd.
-gradstats::LinearStats linear_stats_of_python(const at::Tensor& x, const at::Tensor& g, bool weight,
-                                              bool bias, bool moments) {
-  const py::gil_scoped_acquire gil;
-  try {
-    const py::object call = py::module_::import("gradstats.ops").attr("call");
-    return call.attr("linear_stats")(x, g, weight, bias, moments).cast<gradstats::LinearStats>();
-  } catch (py::error_already_set& error) {
-    error.restore();
-    python_error kept;
-    kept.persist();
-    throw kept;
-  }
+// An operation as gradstats.ops has it. Its errors keep their Python type on their way through
+// autograd.
+template <typename Results, typename... Args>
+auto of_python(const char* operation) {
+  return [operation](Args... args) {
+    const py::gil_scoped_acquire gil;
+    try {
+      const py::object call = py::module_::import("gradstats.ops").attr("call");
+      return call.attr(operation)(args...).template cast<Results>();
+    } catch (py::error_already_set& error) {
+      error.restore();
+      python_error kept;
+      kept.persist();
+      throw kept;
+    }
+  };
 }
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
@@ -101,7 +104,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("bias"), py::arg("moments"), Guard());
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("row_w"),
         py::arg("m2_w"), py::arg("row_b"), py::arg("m2_b"), py::arg("joint_w"), py::arg("joint_b"));
-  cpu::route().elsewhere = linear_stats_of_python;
+  using at::Tensor;
+  using Scale = const std::optional<Tensor>&;
+  cpu::route().linear =
+      of_python<LinearStats, const Tensor&, const Tensor&, bool, bool, bool>("linear_stats");
+  cpu::route().layer_norm = of_python<NormStats, const Tensor&, const Tensor&, Scale, const Tensor&,
+                                      Scale, bool, bool, bool, bool>("layer_norm_stats");
   bind_shortcuts(m);
   m.def("compute_here", [](bool yes) { cpu::route().here = yes; }, py::arg("yes"));
   m.def("layer_norm_stats", &cpu::layer_norm_stats, py::arg("g"), py::arg("x"), py::arg("mean"),

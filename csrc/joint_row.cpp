@@ -1,9 +1,6 @@
 #include "joint_row.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-
-#include <algorithm>
 
 namespace py = pybind11;
 
@@ -16,18 +13,6 @@ bool ending() {
 #else
   return !Py_IsInitialized() || _Py_IsFinalizing();
 #endif
-}
-
-at::Tensor alone(const at::Tensor& sq_norm) {
-  const int64_t samples = sq_norm.size(0);
-  const at::Tensor from = sq_norm.contiguous();
-  at::Tensor row = at::empty({samples + 1}, sq_norm.options());
-  AT_DISPATCH_FLOATING_TYPES(row.scalar_type(), "row", [&] {
-    auto* const to = row.mutable_data_ptr<scalar_t>();
-    std::copy_n(from.const_data_ptr<scalar_t>(), samples, to);
-    to[samples] = 1;
-  });
-  return row;
 }
 
 }  // namespace
@@ -53,7 +38,7 @@ cpu::RowOf row_of(std::shared_ptr<const Link> link) {
                            : joint.attr("of_sum")(node, sq_norm, g).cast<at::Tensor>();
       }
     }
-    return alone(sq_norm);
+    return cpu::row_gradient(sq_norm);
   };
 }
 

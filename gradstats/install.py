@@ -28,7 +28,7 @@ def _entered_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if interposer is None or not (interposer.enabled or interposer.recorder):
         return original(*args, **kwargs)
     if shortcut is not None and _is_plain_call(args, kwargs):
-        out = shortcut(*args)
+        out = shortcut(self, *args)
         if out is not None:
             return out
     return interposer.enter(self, path, original, args, kwargs)

@@ -1,7 +1,7 @@
 """Ways past the interposer's Python for plain layers; the compiled extension takes them (csrc/shortcuts.cpp).
 
 After a matrix product, Python's own code and data are no longer in the caches, and the interposer's steps
-take ten times what they take alone. So an `nn.Linear` inside a pass, and a module without parameters that
+take ten times what they take alone. So an `nn.Linear` or `nn.LayerNorm` inside a pass, and a module without parameters that
 is one function, are done by the extension where nothing about the call is special: a plain tensor with
 the samples in front and parameters that were not used before in the pass, no mode and no transform of
 anybody else, no autocast, nobody who observes operations. It checks all of that at every call, and says
@@ -19,7 +19,7 @@ from torch import nn
 from gradstats import backends, ops
 from gradstats.probes import Mark, UseOf
 
-_LINEAR_FORWARD = nn.Linear.forward
+_FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm)}
 Place = tuple[str, Mark, int]  # a parameter's name, mark and row
 
 
@@ -34,12 +34,13 @@ def made(interposer: object, device: torch.device) -> Any | None:
 def of_module(
     shortcuts: Any, module: nn.Module, place: Callable[[str], Place | None]
 ) -> Callable[..., Any] | None:
-    """The way past `Interposer.enter` for a module, from its input; None where there is none.
+    """The way past `Interposer.enter` for a module, from it and its input; None where there is none.
 
     `place` says where a parameter of the module is, by its key; None for one that is not measured.
     """
-    plain = type(module) is nn.Linear and "forward" not in module.__dict__
-    if shortcuts is None or not plain or nn.Linear.forward is not _LINEAR_FORWARD:
+    forward = _FORWARDS.get(type(module))
+    plain = forward is type(module).forward and "forward" not in module.__dict__
+    if shortcuts is None or forward is None or not plain:
         return None
     places: list[Any] = []
     for key in ("weight", "bias"):
@@ -50,5 +51,11 @@ def of_module(
         if found is None:
             return None
         places += found
-    way: Callable[..., Any] = shortcuts.linear(module._parameters, *places)
+    way: Callable[..., Any]
+    if type(module) is nn.Linear:
+        way = shortcuts.linear(*places)
+    elif module._parameters.get("weight") is not None:
+        way = shortcuts.layer_norm(*places)
+    else:
+        return None
     return way

@@ -3,9 +3,6 @@
 #include "linear_node.h"
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
-
-#include <array>
 
 namespace gradstats::cpu {
 namespace {
@@ -16,40 +13,22 @@ using torch::autograd::variable_list;
 // (B, T, features) of any rank.
 Tensor three(const Tensor& t) { return t.dim() == 2 ? t.unsqueeze(1) : t.flatten(1, -2); }
 
-// A result that cannot be differentiated.
-struct Once : torch::autograd::Function<Once> {
-  static Tensor forward(AutogradContext*, const Tensor& result) { return result.alias(); }
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(
-        false,
-        "trying to differentiate twice a function that was marked with @once_differentiable: "
-        "the backward of a linear layer that is measured");
-  }
-};
-
 struct Deliveries : torch::CustomClassHolder {
   RowOf weight, bias;
   Deliveries(RowOf w, RowOf b) : weight(std::move(w)), bias(std::move(b)) {}
 };
 
 struct Linear : torch::autograd::Function<Linear> {
-  enum : size_t { kX, kWeight, kBias, kRowOfWeight, kM2OfWeight, kRowOfBias, kM2OfBias, kInputs };
-
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& weight,
                         const std::optional<Tensor>& bias, const std::optional<Tensor>& row_w,
                         const std::optional<Tensor>& m2_w, const std::optional<Tensor>& row_b,
                         const std::optional<Tensor>& m2_b,
                         const c10::intrusive_ptr<Deliveries>& deliveries) {
-    ctx->save_for_backward({x, weight});
+    ctx->save_for_backward({x, *weight});
     ctx->saved_data["deliveries"] = c10::IValue::make_capsule(deliveries);
-    // Inputs that are not given have no number of their own.
-    int64_t given = 0, number = 2;
-    for (const auto* t : {&bias, &row_w, &m2_w, &row_b, &m2_b}) {
-      given = given * 8 + (t->has_value() ? number++ : 0);
-    }
-    ctx->saved_data["given"] = given;
+    ctx->saved_data["given"] = Given::pack({&weight, &bias, &row_w, &m2_w, &row_b, &m2_b});
     const at::AutoDispatchBelowADInplaceOrView below;  // a result in place of a view of one
-    return at::linear(x, weight, bias);
+    return at::linear(x, *weight, bias);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -58,21 +37,13 @@ struct Linear : torch::autograd::Function<Linear> {
       const at::AutoGradMode off(false);
       results = gradients(ctx, grads[0]);
     }
-    if (!grads[0].requires_grad() || !at::GradMode::is_enabled()) return results;
-    for (Tensor& t : results) {
-      if (t.defined()) t = Once::apply(t.detach().requires_grad_());
-    }
-    return results;
+    return once(grads[0], "linear", std::move(results));
   }
 
  private:
   static variable_list gradients(AutogradContext* ctx, const Tensor& g) {
-    std::array<int64_t, kInputs> numbers{0, 1};
-    int64_t given = ctx->saved_data["given"].toInt();
-    for (size_t i = kInputs; i-- > 2; given /= 8) numbers[i] = given % 8;
-    const auto wants = [&](size_t i) {
-      return (i < 2 || numbers[i] > 0) && ctx->needs_input_grad(numbers[i]);
-    };
+    const Given given(*ctx, ctx->saved_data["given"].toInt());
+    const auto wants = [&](Input i) { return given.wants(i); };
     variable_list results(kInputs + 1);  // and nothing for what is no tensor
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1];
@@ -83,7 +54,7 @@ struct Linear : torch::autograd::Function<Linear> {
     const bool moments = wants(kM2OfWeight) || wants(kM2OfBias);
     auto [dw, db, w_sq, b_sq, w_m2, b_m2] =
         route().here ? linear_stats(xs, gs, of_weight, of_bias, moments)
-                     : route().elsewhere(xs, gs, of_weight, of_bias, moments);
+                     : route().linear(xs, gs, of_weight, of_bias, moments);
     const auto to = ctx->saved_data["deliveries"].toCapsule();
     const auto& rows = static_cast<const Deliveries&>(*to);
     const auto use = reinterpret_cast<intptr_t>(ctx);
@@ -103,16 +74,11 @@ struct Linear : torch::autograd::Function<Linear> {
 
 }  // namespace
 
-Route& route() {
-  static Route only;
-  return only;
-}
-
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
               const Probe& of_weight, const Probe& of_bias, RowOf row_of_weight,
               RowOf row_of_bias) {
   return Linear::apply(
-      x, weight, bias, of_weight.row, of_weight.m2, of_bias.row, of_bias.m2,
+      x, std::optional<Tensor>(weight), bias, of_weight.row, of_weight.m2, of_bias.row, of_bias.m2,
       c10::make_intrusive<Deliveries>(std::move(row_of_weight), std::move(row_of_bias)));
 }
 

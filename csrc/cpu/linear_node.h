@@ -1,33 +1,17 @@
 // A linear layer whose backward delivers statistics; csrc/host.cpp binds it for gradstats/rules.
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <optional>
 
-#include "../ops.h"
+#include "layer_node.h"
 
 namespace gradstats::cpu {
-
-// Where a parameter's statistics go: leaves whose gradients they become (gradstats/probes.py).
-struct Probe {
-  std::optional<Tensor> row, m2;
-};
 
 // The gradient of a row, (B + 1,), from the node's number, the squared norms (B,) and the factors
 // of the gradient, which other uses of the parameter may need: (B, T, O), and (B, T, I) or nothing.
 using RowOf = std::function<Tensor(intptr_t, const Tensor&, const Tensor&, const Tensor&)>;
-
-// Where a backend was asked for by name, it computes what the backward needs, through `elsewhere`.
-using Stats = std::function<LinearStats(const Tensor&, const Tensor&, bool, bool, bool)>;
-struct Route {
-  std::atomic<bool> here{true};
-  Stats elsewhere;  // set once, when the module is made
-};
-Route& route();
 
 // y = x Wᵀ + b for x (B, …, I) of at least two dimensions.
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,

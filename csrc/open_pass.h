@@ -1,0 +1,129 @@
+// The forward pass that runs, as far as shortcuts past its Python (shortcuts.cpp) know of it.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+#include <optional>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "joint_row.h"
+
+namespace gradstats {
+
+namespace py = pybind11;
+
+// An entry of an object's own attributes, without a lookup in its classes; borrowed, or null.
+inline PyObject* own(PyObject* object, PyObject* name) {
+  PyObject** const dict = _PyObject_GetDictPtr(object);
+  return dict == nullptr || *dict == nullptr ? nullptr : PyDict_GetItem(*dict, name);
+}
+
+inline PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+struct Names {
+  PyObject *mark = interned("_gradstats"), *current = interned("current"),
+           *suspended = interned("suspended"), *recorder = interned("recorder"),
+           *groups = interned("groups"), *weight = interned("weight"), *bias = interned("bias"),
+           *normalized_shape = interned("normalized_shape"), *eps = interned("eps"),
+           *parameters = interned("_parameters");
+};
+
+inline const Names& names() {
+  static const Names* const all = new Names;  // never destroyed: Python may be gone by then
+  return *all;
+}
+
+// A parameter of a layer: where it sits, its mark, its row.
+struct Place {
+  py::str name;
+  py::object mark;  // gradstats/probes.py
+  std::optional<at::Tensor> m2;
+  size_t row;
+
+  // The parameter, if what sits there now is it and alone: trainable, in the place of its mark.
+  const at::Tensor* in(PyObject* parameters, PyObject* key) const;
+};
+
+// One interposer's.
+class Shortcuts {
+ public:
+  Shortcuts(py::object interposer, py::list observers, py::object use_of)
+      : interposer_(interposer.ptr()), observers_(std::move(observers)), use_of_(use_of) {}
+
+  // A pass begins that shortcuts may be taken in: its rows, its uses by name, the open frames.
+  void begin(py::object pass, py::tuple rows, int64_t batch, py::dict uses, py::list stack) {
+    pass_ = std::move(pass);
+    rows_ = std::move(rows);
+    uses_ = std::move(uses);
+    stack_ = std::move(stack);
+    batch_ = batch;
+  }
+
+  void end() {
+    pass_ = py::none();
+    rows_ = py::tuple();
+    uses_ = py::dict();
+    links_.clear();
+  }
+
+  // The joint of a parameter that a shortcut used: whether it did.
+  bool link(size_t row, const py::object& joint) {
+    const auto found = links_.find(row);
+    if (found == links_.end()) return false;
+    found->second->joint = hold(joint);
+    return true;
+  }
+
+  // A leaf and its rows from an earlier pass whose graph is gone, or None. The leaves are alike but
+  // for the number of samples.
+  py::object take_leaf(int64_t entries) const;
+  void keep_leaf(py::object leaf, py::tuple rows);
+
+  // Whether the pass that began runs, and nothing of what Python looks out for is about.
+  bool open() const;
+
+  // A plain tensor that a sample went into, or may have: one without a mark.
+  static bool is_plain(PyObject* object) {
+    return THPVariable_CheckExact(object) && own(object, names().mark) == nullptr;
+  }
+
+  int64_t batch() const { return batch_; }
+  bool is_used(const py::str& name) const { return PyDict_Contains(uses_.ptr(), name.ptr()) != 0; }
+  const at::Tensor& row(size_t i) const {
+    return THPVariable_Unpack(PyTuple_GET_ITEM(rows_.ptr(), i));
+  }
+  std::shared_ptr<Link> use(size_t row, const py::str& name, const py::object& by) {
+    note(name, by);
+    return links_[row] = std::make_shared<Link>();
+  }
+  // The same for a layer whose uses do not meet others.
+  void note(const py::str& name, const py::object& by) { uses_[name] = by; }
+  // (UseOf(open frames, no part),): the frame of the layer itself is over by the time it matters.
+  py::object uses_here() const {
+    const auto frames = py::reinterpret_steal<py::object>(PyList_AsTuple(stack_.ptr()));
+    return py::make_tuple(use_of_(frames, py::none()));
+  }
+
+ private:
+  // Whether somebody between the caller and the kernels wants to see operations.
+  static bool watched();
+
+  static constexpr size_t kLeaves = 4;  // forwards that are alive at a time, in most trainings
+
+  PyObject* interposer_;  // which owns this
+  py::list observers_;
+  py::object use_of_, pass_ = py::none();
+  py::tuple rows_;
+  py::dict uses_;
+  py::list stack_;
+  int64_t batch_ = 0;
+  std::unordered_map<size_t, std::shared_ptr<Link>> links_;
+  std::vector<std::pair<py::object, py::tuple>> leaves_;
+};
+
+}  // namespace gradstats
