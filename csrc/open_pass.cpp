@@ -7,15 +7,20 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+
+#include "cpu/layer_node.h"
 
 namespace gradstats {
 
-bool Shortcuts::watched() {
+bool Shortcuts::watched(int64_t modes) {
   return c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||
          c10::impl::tls_is_dispatch_key_included(
              c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         at::impl::PythonTorchFunctionTLS::stack_len() != 1 ||
+         at::impl::PythonTorchFunctionTLS::stack_len() != modes ||
          at::impl::PythonTorchFunctionTLS::get_disabled_state() !=
              at::impl::TorchFunctionDisabledState::ENABLED;
 }
@@ -26,7 +31,63 @@ bool Shortcuts::open() const {
          own(interposer_, names().suspended) == Py_False &&
          own(interposer_, names().recorder) == Py_None &&
          own(pass_.ptr(), names().groups) == Py_None && c10::GradMode::is_enabled() &&
-         !at::autocast::is_autocast_enabled(at::kCPU) && !watched();
+         !at::autocast::is_autocast_enabled(at::kCPU) && !watched(1);
+}
+
+bool Shortcuts::is_settled(const py::str& path) const {
+  PyObject *const settled = own(interposer_, names().settled), *const fallbacks = own(
+                                                                   interposer_, names().fallbacks);
+  return settled != nullptr && fallbacks != nullptr && PySet_Contains(settled, path.ptr()) == 1 &&
+         PyDict_Contains(fallbacks, path.ptr()) == 0;
+}
+
+bool Shortcuts::may_begin(const py::object& input) const {
+  if (!is_plain(input.ptr()) || PyList_GET_SIZE(observers_.ptr()) != 0) return false;
+  const at::Tensor& x = THPVariable_Unpack(input.ptr());
+  PyObject *const passes = own(interposer_, names().passes), *const ledger =
+                                                                 own(interposer_, names().ledger);
+  return own(interposer_, names().current) == Py_None &&
+         own(interposer_, names().recorder) == Py_None &&
+         own(interposer_, names().suspended) == Py_False &&
+         own(interposer_, names().enabled) == Py_True &&
+         own(interposer_, names().groups) == Py_None &&
+         own(interposer_, names().counted) == Py_None && passes != nullptr &&
+         PyList_GET_SIZE(passes) == 0 && ledger != nullptr &&
+         own(ledger, names().between) == Py_None && x.dim() > 0 && x.size(0) > 0 && x.is_cpu() &&
+         !x.is_inference() && cpu::route().here && c10::GradMode::is_enabled() &&
+         torch::autograd::get_current_graph_task_id() == -1 && !watched(0);
+}
+
+Shortcuts::Begun::Begun(Shortcuts& of, const py::object& input, int64_t batch,
+                        const py::object& leaf)
+    : of_(of) {
+  const auto set = [](PyObject* on, PyObject* name, const py::object& value) {
+    if (PyObject_SetAttr(on, name, value.ptr()) != 0) throw py::error_already_set();
+  };
+  const auto found = py::reinterpret_borrow<py::tuple>(leaf);
+  const py::tuple rows = found[1];
+  pass_ = of_.pass_of_(batch, found[0], rows);
+  const at::IntArrayRef others = THPVariable_Unpack(input.ptr()).sizes().slice(1);
+  const bool square = std::find(others.begin(), others.end(), batch) != others.end();
+  set(pass_.ptr(), names().inputs, py::make_tuple(input));
+  set(pass_.ptr(), names().square, py::bool_(square));
+  py::list passes = py::reinterpret_borrow<py::list>(own(of_.interposer_, names().passes));
+  py::list stack = py::reinterpret_borrow<py::list>(own(of_.interposer_, names().stack));
+  py::dict uses = py::reinterpret_borrow<py::dict>(own(pass_.ptr(), names().uses));
+  PyList_SetSlice(stack.ptr(), 0, PyList_GET_SIZE(stack.ptr()), nullptr);
+  set(of_.interposer_, names().batch, py::int_(batch));
+  of_.begin(pass_, rows, batch, uses, stack);
+  passes.append(pass_);
+  set(of_.interposer_, names().current, pass_);
+}
+
+Shortcuts::Begun::~Begun() {
+  of_.end();
+  const py::tuple nothing;
+  if (PyObject_SetAttr(pass_.ptr(), names().inputs, nothing.ptr()) != 0 ||
+      PyObject_SetAttr(of_.interposer_, names().current, Py_None) != 0) {
+    PyErr_WriteUnraisable(of_.interposer_);
+  }
 }
 
 py::object Shortcuts::take_leaf(int64_t entries) const {

@@ -30,7 +30,12 @@ struct Names {
            *suspended = interned("suspended"), *recorder = interned("recorder"),
            *groups = interned("groups"), *weight = interned("weight"), *bias = interned("bias"),
            *normalized_shape = interned("normalized_shape"), *eps = interned("eps"),
-           *parameters = interned("_parameters");
+           *parameters = interned("_parameters"), *fsdp_state = interned("_get_fsdp_state"),
+           *enabled = interned("enabled"), *counted = interned("counted"),
+           *settled = interned("settled"), *fallbacks = interned("fallbacks"),
+           *passes = interned("_passes"), *ledger = interned("ledger"),
+           *between = interned("between"), *stack = interned("stack"), *batch = interned("batch"),
+           *uses = interned("uses"), *inputs = interned("inputs"), *square = interned("square");
 };
 
 inline const Names& names() {
@@ -52,8 +57,14 @@ struct Place {
 // One interposer's.
 class Shortcuts {
  public:
-  Shortcuts(py::object interposer, py::list observers, py::object use_of)
-      : interposer_(interposer.ptr()), observers_(std::move(observers)), use_of_(use_of) {}
+  // `kinds`: the classes UseOf, Frame, Pass and NeedsLayout.
+  Shortcuts(const py::object& interposer, py::list observers, py::tuple kinds)
+      : interposer_(interposer.ptr()),
+        observers_(std::move(observers)),
+        use_of_(kinds[0]),
+        frame_(kinds[1]),
+        pass_of_(kinds[2]),
+        needs_layout_(kinds[3]) {}
 
   // A pass begins that shortcuts may be taken in: its rows, its uses by name, the open frames.
   void begin(py::object pass, py::tuple rows, int64_t batch, py::dict uses, py::list stack) {
@@ -70,6 +81,29 @@ class Shortcuts {
     uses_ = py::dict();
     links_.clear();
   }
+
+  // Whether the forward of a model that runs with `input` alone may open a pass here.
+  bool may_begin(const py::object& input) const;
+
+  // A pass, for as long as the forward takes: what `Interposer._enter_first` does.
+  class Begun {
+   public:
+    Begun(Shortcuts& of, const py::object& input, int64_t batch, const py::object& leaf);
+    ~Begun();
+    Begun(const Begun&) = delete;
+    Begun& operator=(const Begun&) = delete;
+
+   private:
+    Shortcuts& of_;
+    py::object pass_;
+  };
+
+  PyObject* interposer() const { return interposer_; }
+  const py::object& needs_layout() const { return needs_layout_; }
+  const py::list& stack() const { return stack_; }
+  py::object frame(const py::str& path) const { return frame_(path); }
+  // Whether a module has run before, and did not turn out to need the fallback.
+  bool is_settled(const py::str& path) const;
 
   // The joint of a parameter that a shortcut used: whether it did.
   bool link(size_t row, const py::object& joint) {
@@ -110,14 +144,15 @@ class Shortcuts {
   }
 
  private:
-  // Whether somebody between the caller and the kernels wants to see operations.
-  static bool watched();
+  // Whether somebody between the caller and the kernels wants to see operations, but for `modes`
+  // torch function modes.
+  static bool watched(int64_t modes);
 
   static constexpr size_t kLeaves = 4;  // forwards that are alive at a time, in most trainings
 
   PyObject* interposer_;  // which owns this
   py::list observers_;
-  py::object use_of_, pass_ = py::none();
+  py::object use_of_, frame_, pass_of_, needs_layout_, pass_ = py::none();
   py::tuple rows_;
   py::dict uses_;
   py::list stack_;

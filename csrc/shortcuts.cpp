@@ -1,7 +1,7 @@
 // What gradstats/interpose.py does when a plain nn.Linear or nn.LayerNorm runs inside a pass, or a
 // module without parameters, for the case that nothing is special about it. Anything else is left
-// to Python: a shortcut then returns None. Python is right and cold in the caches after every
-// matrix product.
+// to Python: a shortcut then returns NotImplemented. Python is right and cold in the caches after
+// every matrix product.
 #include "shortcuts.h"
 
 #include <ATen/ATen.h>
@@ -15,6 +15,7 @@
 
 #include "cpu/layer_norm_node.h"
 #include "cpu/linear_node.h"
+#include "entry_shortcut.h"
 #include "joint_row.h"
 #include "open_pass.h"
 
@@ -31,6 +32,8 @@ Place place(const py::str& name, const py::object& mark, size_t row) {
   return {name, mark,
           m2.is_none() ? std::nullopt : std::optional<at::Tensor>(m2.cast<at::Tensor>()), row};
 }
+
+py::object not_taken() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
 
 // A layer with a weight and perhaps a bias, each given as its name, mark and row.
 class Layer {
@@ -86,9 +89,10 @@ class LinearShortcut : Layer {
  public:
   using Layer::Layer;
 
-  py::object operator()(const py::object& module, const py::object& input) const {
+  py::object operator()(const py::object& module, const py::object&,
+                        const py::object& input) const {
     const auto found = call(module, input);
-    if (!found.has_value()) return py::none();
+    if (!found.has_value()) return not_taken();
     const py::object used = of_->uses_here();
     const auto row_of_use = [&](const std::optional<Place>& of) {
       return of.has_value() ? row_of(of_->use(of->row, of->name, used)) : cpu::RowOf();
@@ -109,16 +113,17 @@ class LayerNormShortcut : Layer {
  public:
   using Layer::Layer;
 
-  py::object operator()(const py::object& module, const py::object& input) const {
+  py::object operator()(const py::object& module, const py::object&,
+                        const py::object& input) const {
     const auto found = call(module, input);
-    if (!found.has_value()) return py::none();
+    if (!found.has_value()) return not_taken();
     PyObject* const shape = own(module.ptr(), names().normalized_shape);
     PyObject* const eps = own(module.ptr(), names().eps);
     const at::IntArrayRef sizes = found->weight.sizes();
     const auto last = static_cast<int64_t>(sizes.size());
     if (!same(shape, sizes) || eps == nullptr || !PyFloat_Check(eps) || found->x.dim() <= last ||
         found->x.sizes().slice(found->x.dim() - last) != sizes) {
-      return py::none();
+      return not_taken();
     }
     const py::object used = of_->uses_here();
     of_->note(weight_->name, used);
@@ -153,8 +158,9 @@ class BareShortcut {
  public:
   explicit BareShortcut(std::shared_ptr<Shortcuts> of) : of_(std::move(of)) {}
 
-  py::object operator()(const py::object& original, const py::object& input) const {
-    if (!of_->open() || !Shortcuts::is_plain(input.ptr())) return py::none();
+  py::object operator()(const py::object&, const py::object& original,
+                        const py::object& input) const {
+    if (!of_->open() || !Shortcuts::is_plain(input.ptr())) return not_taken();
     struct Aside {  // the mode, for the time of the call
       std::shared_ptr<c10::SafePyObject> mode = at::impl::PythonTorchFunctionTLS::pop_stack();
       ~Aside() { at::impl::PythonTorchFunctionTLS::push_onto_stack(mode); }
@@ -178,21 +184,24 @@ py::tuple reduce_to_nothing(const py::object&) {
   return py::make_tuple(py::module_::import("gradstats.probes").attr("nothing"), py::tuple());
 }
 
+// Called with a module, its own forward and its only input.
+template <typename Shortcut>
+void bind(py::module_& m, const char* name) {
+  py::class_<Shortcut>(m, name)
+      .def("__call__", &Shortcut::operator(), py::arg("module"), py::arg("original"), py::arg("x"))
+      .def("__reduce__", &reduce_to_nothing);
+}
+
 }  // namespace
 
 void bind_shortcuts(py::module_& m) {
-  py::class_<LinearShortcut>(m, "LinearShortcut")
-      .def("__call__", &LinearShortcut::operator(), py::arg("module"), py::arg("x"))
-      .def("__reduce__", &reduce_to_nothing);
-  py::class_<LayerNormShortcut>(m, "LayerNormShortcut")
-      .def("__call__", &LayerNormShortcut::operator(), py::arg("module"), py::arg("x"))
-      .def("__reduce__", &reduce_to_nothing);
-  py::class_<BareShortcut>(m, "BareShortcut")
-      .def("__call__", &BareShortcut::operator(), py::arg("original"), py::arg("x"))
-      .def("__reduce__", &reduce_to_nothing);
+  bind<LinearShortcut>(m, "LinearShortcut");
+  bind<LayerNormShortcut>(m, "LayerNormShortcut");
+  bind<BareShortcut>(m, "BareShortcut");
+  bind<EntryShortcut>(m, "EntryShortcut");
   py::class_<Shortcuts, std::shared_ptr<Shortcuts>>(m, "Shortcuts")
-      .def(py::init<py::object, py::list, py::object>(), py::arg("interposer"),
-           py::arg("observers"), py::arg("use_of"))
+      .def(py::init<const py::object&, py::list, py::tuple>(), py::arg("interposer"),
+           py::arg("observers"), py::arg("kinds"))
       .def("begin", &Shortcuts::begin, py::arg("current"), py::arg("rows"), py::arg("batch"),
            py::arg("uses"), py::arg("stack"))
       .def("end", &Shortcuts::end)
@@ -203,6 +212,8 @@ void bind_shortcuts(py::module_& m) {
            py::arg("weight_row"), py::arg("bias"), py::arg("bias_mark"), py::arg("bias_row"))
       .def("layer_norm", &made<LayerNormShortcut>, py::arg("weight"), py::arg("weight_mark"),
            py::arg("weight_row"), py::arg("bias"), py::arg("bias_mark"), py::arg("bias_row"))
+      .def("entry", [](const std::shared_ptr<Shortcuts>& of,
+                       py::str path) { return EntryShortcut(of, std::move(path)); })
       .def("bare", [](const std::shared_ptr<Shortcuts>& of) { return BareShortcut(of); });
 }
 

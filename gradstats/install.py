@@ -28,8 +28,8 @@ def _entered_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if interposer is None or not (interposer.enabled or interposer.recorder):
         return original(*args, **kwargs)
     if shortcut is not None and _is_plain_call(args, kwargs):
-        out = shortcut(self, *args)
-        if out is not None:
+        out = shortcut(self, original, *args)
+        if out is not NotImplemented:
             return out
     return interposer.enter(self, path, original, args, kwargs)
 
@@ -38,8 +38,8 @@ def _bare_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Of a module that the interposer need not know of."""
     interposer, _, original, shortcut = self.__dict__[ENTRY]
     if interposer is not None and interposer.enabled and _is_plain_call(args, kwargs):
-        out = shortcut(original, *args)
-        if out is not None:
+        out = shortcut(self, original, *args)
+        if out is not NotImplemented:
             return out
     return original(*args, **kwargs)
 
@@ -87,15 +87,14 @@ def install(
         setattr(param, ATTRIBUTE, interposer.marks[name])
     for buffer in model.buffers():
         setattr(buffer, ATTRIBUTE, CONSTANT)
+    ways = interposer.shortcuts if batch_dim == 0 and not per_token else None
     for path, module in model.named_modules():
         if type(module).__module__ in _TRANSPARENT and next(module.parameters(), None) is None:
-            if interposer.shortcuts is not None:
-                _enter(module, _bare_forward, interposer, path, interposer.shortcuts.bare())
+            if ways is not None:
+                _enter(module, _bare_forward, interposer, path, ways.bare())
             continue
         interposer.owners[path] = module._parameters
-        shortcut = shortcuts.of_module(
-            interposer.shortcuts, module, partial(interposer.place, path)
-        )
+        shortcut = shortcuts.of_module(ways, module, path, partial(interposer.place, path))
         _enter(module, _entered_forward, interposer, path, shortcut)
     return interposer
 

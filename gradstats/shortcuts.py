@@ -1,11 +1,11 @@
 """Ways past the interposer's Python for plain layers; the compiled extension takes them (csrc/shortcuts.cpp).
 
 After a matrix product, Python's own code and data are no longer in the caches, and the interposer's steps
-take ten times what they take alone. So an `nn.Linear` or `nn.LayerNorm` inside a pass, and a module without parameters that
-is one function, are done by the extension where nothing about the call is special: a plain tensor with
+take ten times what they take alone. So an `nn.Linear` or `nn.LayerNorm` inside a pass, a module without parameters that is
+one function, and the entry into any other are done by the extension where nothing about the call is special: a plain tensor with
 the samples in front and parameters that were not used before in the pass, no mode and no transform of
 anybody else, no autocast, nobody who observes operations. It checks all of that at every call, and says
-None where it is not so; the interposer then does what it always does.
+NotImplemented where it is not so; the interposer then does what it always does.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradstats import backends, ops
-from gradstats.probes import Mark, UseOf
+from gradstats import backends, ops, tracing
+from gradstats.layout import NeedsLayout
+from gradstats.probes import Frame, Mark, Pass, UseOf
 
 _FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm)}
 Place = tuple[str, Mark, int]  # a parameter's name, mark and row
@@ -28,20 +29,25 @@ def made(interposer: object, device: torch.device) -> Any | None:
     module: Any = backends.extension()[0]
     if device.type != "cpu" or not hasattr(module, "Shortcuts"):
         return None
-    return module.Shortcuts(interposer, ops.observers, UseOf)
+    return module.Shortcuts(interposer, ops.observers, (UseOf, Frame, Pass, NeedsLayout))
 
 
 def of_module(
-    shortcuts: Any, module: nn.Module, place: Callable[[str], Place | None]
+    shortcuts: Any | None, module: nn.Module, path: str, place: Callable[[str], Place | None]
 ) -> Callable[..., Any] | None:
-    """The way past `Interposer.enter` for a module, from it and its input; None where there is none.
+    """The way past `Interposer.enter` for the module at `path`; None where there is none.
 
-    `place` says where a parameter of the module is, by its key; None for one that is not measured.
+    It takes the module, its own forward and its only input, and may say NotImplemented. `place` says where
+    a parameter of the module is, by its key; None for one that is not measured.
     """
-    forward = _FORWARDS.get(type(module))
-    plain = forward is type(module).forward and "forward" not in module.__dict__
-    if shortcuts is None or forward is None or not plain:
+    if shortcuts is None:
         return None
+    around: Callable[..., Any] | None = None
+    if not tracing.HIDES_CONSTRUCTORS:  # which a pass that begins sees to
+        around = shortcuts.entry(path)
+    kind = type(module)
+    if _FORWARDS.get(kind) is not kind.forward or "forward" in module.__dict__:
+        return around
     places: list[Any] = []
     for key in ("weight", "bias"):
         if module._parameters.get(key) is None:
@@ -49,13 +55,9 @@ def of_module(
             continue
         found = place(key)
         if found is None:
-            return None
+            return around
         places += found
-    way: Callable[..., Any]
-    if type(module) is nn.Linear:
-        way = shortcuts.linear(*places)
-    elif module._parameters.get("weight") is not None:
-        way = shortcuts.layer_norm(*places)
-    else:
-        return None
+    if places[0] is None:
+        return around
+    way: Callable[..., Any] = (shortcuts.linear if kind is nn.Linear else shortcuts.layer_norm)(*places)
     return way
