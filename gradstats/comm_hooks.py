@@ -12,15 +12,17 @@ from gradstats.errors import UnsupportedLayerError
 MEANS = ("allreduce_hook", "fp16_compress_hook", "bf16_compress_hook")
 
 
-def require_means(model: nn.Module) -> None:
-    """Raise UnsupportedLayerError where `model`, as it was attached, has another hook.
-
-    A hook is seen where `attach` was given the DDP module itself, registered before or after.
-    """
+def ddp_of(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The DDP module that `attach` was given, if it was given one."""
     inside: Any = getattr(model, "_orig_mod", model)
-    if not isinstance(inside, nn.parallel.DistributedDataParallel):
+    return inside if isinstance(inside, nn.parallel.DistributedDataParallel) else None
+
+
+def require_means(ddp: nn.parallel.DistributedDataParallel | None) -> None:
+    """Raise UnsupportedLayerError where it has another hook, registered before `attach` or after."""
+    if ddp is None:
         return
-    for hook, _ in getattr(inside, "_comm_hooks", ()):
+    for hook, _ in getattr(ddp, "_comm_hooks", ()):
         name = getattr(hook, "__name__", type(hook).__name__)
         origin = getattr(hook, "__module__", "")
         if name not in MEANS or not origin.endswith("ddp_comm_hooks.default_hooks"):

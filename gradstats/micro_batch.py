@@ -15,7 +15,7 @@ from gradstats.options import Options
 from gradstats.order import Order
 from gradstats.part_source import PartSource
 from gradstats.parts import Call, sq_norms
-from gradstats.probes import Delivery, Ledger
+from gradstats.probes import Delivery, Ledger, at_the_end
 from gradstats.record import held, numbers_on
 from gradstats.stats import GradStats
 
@@ -50,7 +50,8 @@ class MicroBatches(PartSource):
         grads = [p.grad for p in self.params()]
         self._before = [None if g is None else held(g.detach()).clone() for g in grads]
         self._ledger.deliveries.append(Delivery(call.size, task))
-        self._ledger.at_the_end(self._ledger.settled)
+        if self._ledger.settled is not None:
+            at_the_end(self._ledger.settled)
 
     def _close_part(self) -> None:
         """What `p.grad` has grown by since the last part began is that part's gradient."""

@@ -19,7 +19,6 @@ from torch import Tensor
 from gradstats.errors import OrderError
 from gradstats.probes import Ledger
 
-_DISTRIBUTED = torch.distributed.is_available()
 _STEP = "Call monitor.step() once per optimizer step, right after backward"
 
 
@@ -33,6 +32,10 @@ class _Seen(NamedTuple):
     param_version: int
     grad_version: int
     value: Tensor | None = None  # of the gradient, where it is compared too
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Order:
@@ -58,16 +61,15 @@ class Order:
 
     def _after_backward(self) -> None:
         """The autograd engine runs this at the end of a backward that delivered something."""
-        if _DISTRIBUTED and torch.distributed.is_initialized():
-            return
         old, new = self._seen, self._look()
         if old is not None and old.grad is not None and old.param is new.param:
             moved = new.grad is not old.grad or new.param_version != old.param_version
-            if moved and self._settled:
+            if moved and self._settled and not _distributed():
                 del self._ledger.deliveries[: self._settled]
                 self._crossed = True
                 self._warn()
-        if new.grad is not None and (self._steps < 8 or self._steps % 64 == 0):
+        compared = self._steps < 8 or self._steps % 64 == 0
+        if compared and new.grad is not None and not _distributed():
             new = new._replace(value=new.grad.detach().clone())
         self._seen, self._settled = new, len(self._ledger.deliveries)
 
@@ -96,6 +98,9 @@ class Order:
             )
         now = self._look()
         if seen is None or seen.grad is None or seen.param is not now.param:
+            return
+        same = now.grad is seen.grad and now.grad_version == seen.grad_version
+        if (same and seen.value is None) or _distributed():
             return
         if now.grad is not seen.grad:
             raise self._late("cleared" if now.grad is None else "replaced")

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 
 from gradstats import distributed, record, told
-from gradstats.comm_hooks import require_means
+from gradstats.comm_hooks import ddp_of, require_means
 from gradstats.errors import GradStatsError
 from gradstats.install import install, uninstall
 from gradstats.moments import SecondMoments
@@ -28,7 +28,7 @@ class PerSample(Source):
     ) -> None:
         self._options = options
         self._group = distributed.group_of(model, options.process_group)
-        self._wrapper = model
+        self._ddp = ddp_of(model)
         self._model = model = distributed.unwrapped(model)
         tokens = options.sample == "token"
         self.interposer = install(
@@ -73,7 +73,7 @@ class PerSample(Source):
         require_joined(self.ranks, self._group, params)
         deliveries, reasons = interposer.take()
         try:
-            require_means(self._wrapper)
+            require_means(self._ddp)
             self._order.require_intact()
             if self._self_check is not None:
                 self._self_check.finish()

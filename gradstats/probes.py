@@ -185,6 +185,10 @@ class Delivery:
         return rows
 
 
+# Runs a function when the backward that runs is over.
+at_the_end = torch.autograd.Variable._execution_engine.queue_callback
+
+
 @dataclass
 class Ledger:
     """Collects deliveries between two steps. Filled by hooks that the autograd engine runs."""
@@ -196,7 +200,8 @@ class Ledger:
     def deliver(self, leaf: Tensor, counted: Counted | None = None) -> None:
         """Hook of a leaf that belongs to one eager pass; it may fire in several parts."""
         task = torch._C._current_graph_task_id()
-        self.at_the_end(self.settled)
+        if self.settled is not None:
+            at_the_end(self.settled)
         for known in self.deliveries:
             if known.leaf is leaf:
                 known.task = min(known.task, task)
@@ -222,14 +227,9 @@ class Ledger:
         self.deliveries.append(
             Delivery(leaf.shape[1] - 1, task, rows=rows[:-1], number=rows[-1, -1])
         )
-        self.at_the_end(self.between)  # no eager code runs before the next compiled forward
-        self.at_the_end(self.settled)
-
-    @staticmethod
-    def at_the_end(callback: Callable[[], None] | None) -> None:
-        """Run it when the backward that runs is over."""
-        if callback is not None:
-            torch.autograd.Variable._execution_engine.queue_callback(callback)
+        for callback in (self.between, self.settled):
+            if callback is not None:  # no eager code runs before the next compiled forward
+                at_the_end(callback)
 
     def take(self) -> list[Delivery]:
         """Everything delivered since the last call. Also frees the leaves for what comes later."""

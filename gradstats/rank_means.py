@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradstats import distributed
-from gradstats.comm_hooks import require_means
+from gradstats.comm_hooks import ddp_of, require_means
 from gradstats.distributed import AGREEMENT, APART, FAILED, lost_step
 from gradstats.errors import AttachError, GradStatsError, NoStatisticsError, OrderError
 from gradstats.options import Options
@@ -48,7 +48,7 @@ class RankMeans(PartSource):
                 'method="per_sample", or "micro_batch" with gradient accumulation.'
             )
         super().__init__(model, options)
-        self._wrapper = model
+        self._ddp = ddp_of(model)
         self._calls: list[Call] = []
         self._error: str | None = None
         self._own: list[Tensor | None] = [None] * len(self.names)  # 0-d: squared norms
@@ -145,7 +145,7 @@ class RankMeans(PartSource):
 
     def _found_wrong(self, params: list[Tensor]) -> GradStatsError | None:
         try:
-            require_means(self._wrapper)
+            require_means(self._ddp)
         except GradStatsError as error:
             return error
         if not self._calls:

@@ -1,11 +1,12 @@
 """Ways past the interposer's Python for plain layers; the compiled extension takes them (csrc/shortcuts.cpp).
 
 After a matrix product, Python's own code and data are no longer in the caches, and the interposer's steps
-take ten times what they take alone. So an `nn.Linear` or `nn.LayerNorm` inside a pass, a module without parameters that is
-one function, and the entry into any other are done by the extension where nothing about the call is special: a plain tensor with
-the samples in front and parameters that were not used before in the pass, no mode and no transform of
-anybody else, no autocast, nobody who observes operations. It checks all of that at every call, and says
-NotImplemented where it is not so; the interposer then does what it always does.
+take ten times what they take alone. So the extension does, where nothing about the call is special, an
+`nn.Linear` or `nn.LayerNorm` inside a pass, a module without parameters that is one function, and the entry
+into any other: with a plain tensor that holds the samples in front and parameters that were not used before
+in the pass, no mode and no transform of anybody else, no autocast, nobody who observes operations. It checks
+all of that at every call, and says NotImplemented where it is not so; the interposer then does what it always
+does.
 """
 
 from __future__ import annotations
@@ -59,5 +60,7 @@ def of_module(
         places += found
     if places[0] is None:
         return around
-    way: Callable[..., Any] = (shortcuts.linear if kind is nn.Linear else shortcuts.layer_norm)(*places)
+    way: Callable[..., Any] = (shortcuts.linear if kind is nn.Linear else shortcuts.layer_norm)(
+        *places
+    )
     return way

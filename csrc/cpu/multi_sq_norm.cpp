@@ -40,6 +40,7 @@ Tensor multi_sq_norm(const std::vector<Tensor>& tensors) {
   const auto n = static_cast<int64_t>(tensors.size());
   std::vector<Tensor> dense(n);
   std::vector<Piece> pieces;
+  std::vector<int64_t> firsts{0};  // of each tensor's pieces
   bool wide = n > 0;
   for (int64_t i = 0; i < n; ++i) {
     const Tensor& t = tensors[i];
@@ -56,18 +57,27 @@ Tensor multi_sq_norm(const std::vector<Tensor>& tensors) {
     for (int64_t begin = 0; begin < t.numel(); begin += kPiece) {
       pieces.push_back({i, begin, std::min(kPiece, t.numel() - begin)});
     }
+    firsts.push_back(static_cast<int64_t>(pieces.size()));
   }
 
-  std::vector<double> partial(pieces.size());
+  const auto count = static_cast<int64_t>(pieces.size());
+  std::vector<double> partial(count);
   int64_t elements = 0;
   for (const Piece& p : pieces) elements += p.count;
-  const auto count = static_cast<int64_t>(pieces.size());
   // Lists of many tiny tensors: a thread is worth starting for about 2^15 elements.
-  const int64_t grain = std::max<int64_t>(1, count * kPiece / std::max<int64_t>(1, elements));
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      const Piece& p = pieces[k];
-      partial[k] = piece_sum(dense[p.tensor], p.begin, p.count);
+  const int64_t shares =
+      std::clamp<int64_t>(elements / kPiece, 1, at::get_num_threads());
+  // From the last tensor to the first, each cut as torch's elementwise operations cut it: the optimizer
+  // then finds the first ones in the caches of the threads that it gives them to.
+  at::parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
+    for (int64_t share = from; share < to; ++share) {
+      for (int64_t i = n; i-- > 0;) {
+        const int64_t first = firsts[i], parts = firsts[i + 1] - first;
+        const int64_t at = parts < shares ? (share + i) % shares : share;
+        for (int64_t k = first + parts * at / shares; k < first + parts * (at + 1) / shares; ++k) {
+          partial[k] = piece_sum(dense[i], pieces[k].begin, pieces[k].count);
+        }
+      }
     }
   });
 
