@@ -75,7 +75,7 @@ EDGES = {
     "layout": {"calls", "errors", "probes"},
     "uses": {"calls", "errors", "grouping", "layout", "probes", "rules"},
     "tracing": set(),
-    "shortcuts": {"backends", "ops", "probes"},
+    "shortcuts": {"backends", "layout", "ops", "probes", "tracing"},
     "passes": {"calls", "errors", "grouping", "probes", "tracing"},
     "interpose": {
         "backends",

@@ -37,7 +37,8 @@ class Normed(nn.Module):
 
 @pytest.mark.parametrize("moments", [False, True])
 @pytest.mark.parametrize(
-    ("shape", "over"), [((6, 5), 5), ((6, 4, 5), 5), ((6, 2, 3, 5), (3, 5)), ((6, 300, 5), (5,)), ((1, 4, 33), 33)]
+    ("shape", "over"),
+    [((6, 5), 5), ((6, 4, 5), 5), ((6, 2, 3, 5), (3, 5)), ((6, 300, 5), 5), ((1, 4, 33), 33)],
 )  # fmt: skip
 @pytest.mark.parametrize("bias", [True, False])
 def test_against_the_oracle(shape, over, bias, moments) -> None:
@@ -187,7 +188,7 @@ def test_second_derivatives_are_refused() -> None:
     model, x = Normed(5), torch.randn(6, 5, requires_grad=True)
     with gradstats.attach(model):
         (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice.*backward of a LayerNorm"):
+        with pytest.raises(RuntimeError, match=r"differentiate twice.*backward of a LayerNorm"):
             g.square().sum().backward()
 
 
