@@ -65,10 +65,9 @@ Tensor multi_sq_norm(const std::vector<Tensor>& tensors) {
   int64_t elements = 0;
   for (const Piece& p : pieces) elements += p.count;
   // Lists of many tiny tensors: a thread is worth starting for about 2^15 elements.
-  const int64_t shares =
-      std::clamp<int64_t>(elements / kPiece, 1, at::get_num_threads());
-  // From the last tensor to the first, each cut as torch's elementwise operations cut it: the optimizer
-  // then finds the first ones in the caches of the threads that it gives them to.
+  const int64_t shares = std::clamp<int64_t>(elements / kPiece, 1, at::get_num_threads());
+  // From the last tensor to the first, each cut as torch's elementwise operations cut it: the
+  // optimizer then finds the first ones in the caches of the threads that it gives them to.
   at::parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
     for (int64_t share = from; share < to; ++share) {
       for (int64_t i = n; i-- > 0;) {
