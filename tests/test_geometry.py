@@ -139,6 +139,40 @@ def test_what_is_followed_is_what_the_definition_says(make, preconditioner) -> N
     assert monitor.layer_noise_scales("plain")["0.weight"].num_steps == 6
 
 
+def test_steps_by_sign_go_by_the_roots_of_averaged_variances() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0, momentum=0.9, dampening=0.9)
+    monitor = gradstats.attach(
+        model, optimizer=optimizer, geometry="sign", moments=True, half_life=math.inf
+    )
+    variances = {name: [] for name, _ in model.named_parameters()}
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss(model, torch.randn(BATCH, 6) ** 3).backward()  # heavy tails
+        stats = monitor.step()
+        for name, seen in variances.items():
+            seen.append(stats.grad_var[name].double())
+        optimizer.step()
+    found = monitor.layer_noise_scales("sign")
+    factors = []
+    for name, seen in variances.items():
+        rows = torch.stack(seen)
+        jackknife = (20 * rows.mean(0).sqrt() - rows.sqrt().mean(0)).sum() / 19
+        norms = rows.sqrt().flatten(1).sum(1)
+        factors.append(float(jackknife / norms.mean()))
+        # The first step has no momentum, and so no part in the noise scale.
+        assert found[name].tr_sigma == pytest.approx(
+            factors[-1] * float(norms[1:].mean()), rel=1e-4
+        )
+        assert found[name].num_steps == 19
+    assert max(factors) > 1.2  # for normal gradients 1.017
+    noise = monitor.noise_scale("sign")
+    assert noise.tr_sigma == pytest.approx(sum(f.tr_sigma for f in found.values()))
+    assert noise.value == pytest.approx((noise.tr_sigma / noise.true_grad_sq_norm) ** 2)
+    assert noise.low < noise.value < noise.high
+
+
 def test_sentences_layers_and_resuming() -> None:
     def adam(p):
         return torch.optim.Adam(p, 1e-5)
