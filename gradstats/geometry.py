@@ -159,9 +159,9 @@ class Geometry:
     def _whole(self, kind: str) -> list[list[list[float]]]:
         """Of each step and parameter, with what the roots of a step's variances lack."""
         steps = self._rows(kind)
-        if kind != "sign" or not steps:
+        factors = self._roots.factors() if kind == "sign" else []
+        if not factors:  # no variances were seen, or a state of a version that kept none
             return steps
-        factors = self._roots.factors()
         return [
             [[factor * noise, gain] for factor, (noise, gain) in zip(factors, rows, strict=True)]
             for rows in steps
