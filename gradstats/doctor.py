@@ -215,6 +215,7 @@ def _show(report: dict[str, Any]) -> None:
 
     _show_machine(report, console)
     table = make_table("extra", "installed", "to install it", title="Optional packages", **style)
+    table.columns[-1].no_wrap = True  # a line to copy
     for extra in report["extras"]:
         packages = [f"{name} {version or 'none'}" for name, version in extra["installed"].items()]
         old = [text for text in extra["unmet"] if extra["installed"][_name(text)] is not None]

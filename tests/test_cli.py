@@ -88,6 +88,15 @@ def test_doctor_names_the_line_that_installs_an_extra(run, monkeypatch):
     assert "too old or new: rich>=999 is needed" in out
 
 
+@pytest.mark.parametrize("name", ["transformers", "prometheus"])
+def test_the_line_that_installs_is_whole_in_a_narrow_terminal(run, monkeypatch, name):
+    needs = [f'{name}-with-a-name>=5; extra == "{name}"', f'rich; extra == "{name}"']
+    monkeypatch.setattr(doctor, "extras", lambda: extras(needs))
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run("doctor")
+    assert f"pip install 'gradstats[{name}]'" in out
+
+
 def test_doctor_names_the_line_that_builds_the_extension(run, monkeypatch):
     monkeypatch.setattr(backends, "extension", lambda: (None, "no extension; build it"))
     code, out, _ = run("doctor", "--json")

@@ -16,8 +16,8 @@ SHELL = {
 }
 LINES = [shlex.join(words) for found in SHELL.values() for b in found for words in b.commands()]
 WORD = r"[^\W\d_][\w-]*\b(?!…)"  # not one that a narrow table cuts off
-# Beginnings of sentences that are said only where the figures are such.
-VARIES = {"Use", "Well"}
+# Beginnings of lines that are said only where the figures are such.
+VARIES = {"Known", "The", "Use", "Well", "expected samples", "expected steps", "expected time"}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,10 @@ def test_shell_lines_run(page: str, shell: Shell) -> None:
         if shown is not None:
             missing = sorted(word for word in shape(shown) - VARIES if word not in said)
             assert not missing, f"{block.place}: its page shows {missing}, not in\n{said}"
+            new = sorted(word for word in shape(said) - VARIES if word not in shown)
+            assert not new, f"{block.place}: its page lacks {new}, of\n{said}"
+            cut = re.search(r"\w+…", shown)
+            assert cut is None, f"{block.place}: its page cuts off {cut and cut[0]}"
 
 
 def shown_after(block: Block) -> str | None:
