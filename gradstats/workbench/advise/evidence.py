@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from gradstats.errors import InvalidArgumentError
 from gradstats.estimators import NoiseScale, whole
 from gradstats.loggers import Logged, read_log
 from gradstats.step_time import StepTime
+from gradstats.words import counted
 from gradstats.workbench import saved
 from gradstats.workbench.advise.overfitting import Curve
 
@@ -89,12 +91,20 @@ def gather(paths: Sequence[Path]) -> Evidence:
     """From files of ``gradstats measure``, ``vram``, ``lr-range``, ``critical`` and ``sweep``, and logs.
 
     A file whose name ends in .jsonl or .ndjson is a log. Of several files that know the same thing, the
-    later counts. Raises InvalidArgumentError where one cannot be read, or holds something else.
+    later counts. Warns of a log's lines that hold no row. Raises InvalidArgumentError where a file cannot be
+    read, or holds something else.
     """
     found = Evidence()
     for path in paths:
         if path.suffix in LOGS:
-            found = found.joined(of_log(read_log(path), path.name))
+            log = read_log(path)
+            lines = f"{counted(log.spoilt, 'line')} of {path} hold no row (cut short, or no JSON)"
+            if not log.rows:
+                seen = f"{lines}, and no other does" if log.spoilt else f"{path} is empty"
+                raise InvalidArgumentError(f"{seen}; is it a log of gradstats.Log?")
+            if log.spoilt:
+                warnings.warn(f"{lines} and were passed over", stacklevel=2)
+            found = found.joined(of_log(log, path.name))
             continue
         content = saved.read(path, *KINDS)
         kind = str(content["kind"]).removeprefix("gradstats ")
