@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 from gradstats.commands import COMMANDS
@@ -31,6 +33,20 @@ def app() -> Any:
     return application
 
 
+def _warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A line: gradstats' own without the place in its code, which says nothing to a user."""
+    own = Path(filename).is_relative_to(Path(__file__).parent)
+    return (
+        f"warning: {message}\n" if own else f"{filename}:{lineno}: {category.__name__}: {message}\n"
+    )
+
+
 def main() -> None:
     """Entry point of the `gradstats` script and of `python -m gradstats`."""
     # Memory on CPUs is read by torch's profiler, which otherwise announces itself on standard error.
@@ -38,6 +54,7 @@ def main() -> None:
     # A terminal without Σ gets a question mark, no traceback.
     for stream in (sys.stdout, sys.stderr):
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
+    warnings.formatwarning = _warning
     try:
         application = app()
     except ImportError as error:

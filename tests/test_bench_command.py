@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from functools import partial
@@ -195,6 +196,17 @@ def test_compare_command(run, tmp_path) -> None:
     assert (code, report["failed"]) == (1, ["x"])
     assert [c["verdict"] for c in report["changes"]] == ["slower", "faster"]
     assert run("--compare", old, old)[0] == 0
+
+
+def test_a_comparison_of_few_scattered_rounds_is_readable(run, tmp_path, monkeypatch) -> None:
+    """Names whole, and no interval of sixteen digits."""
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "step examples.digits:training gradstats norms+moments"
+    files = [file(tmp_path / f"{n}.json", timed(name, [n, 9.0, 40.0])) for n in (1, 2)]
+    code, out, _ = run("--compare", *files)
+    assert code == 0
+    assert "…" not in out
+    assert re.search(r"\d\.\d\d \(\de-\d+–\de\+\d+\)", out), out
 
 
 # ---- the user's own step -------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from gradstats.commands.options import AsJson
-from gradstats.commands.running import one_line, print_json
+from gradstats.commands.running import one_line, print_json, say_written
 
 
 def register(application: Any) -> None:
@@ -114,7 +114,7 @@ def register(application: Any) -> None:
             if out is not None:  # last: where the disk is full, the plan has been shown
                 saved.write(out, "advise", content)
                 if not as_json:
-                    typer.echo(f"Written: {out}")
+                    say_written(out)
 
 
 def _list(points: Any, as_json: bool) -> None:

@@ -9,7 +9,8 @@ import typer
 from typer import Argument, Option
 
 from gradstats.commands.options import AsJson
-from gradstats.commands.running import INTERRUPTED, one_line, print_json
+from gradstats.commands.running import INTERRUPTED, one_line, print_json, say_written
+from gradstats.errors import GradStatsError
 
 
 def register(application: Any) -> None:
@@ -60,12 +61,15 @@ def register(application: Any) -> None:
             if compare is not None:
                 raise typer.Exit(_compare(*compare, fail_on, as_json))
             from gradstats.commands.progress import Progress
+            from gradstats.workbench import saved
             from gradstats.workbench.bench.files import write
             from gradstats.workbench.bench.peers import PEERS
             from gradstats.workbench.bench.suite import Suite
             from gradstats.workbench.bench.suite import bench as run
             from gradstats.workbench.workload import load
 
+            if out is not None:
+                saved.require_writable(out)
             workload = None if target is None else load(target)
             if workload is not None and batch_size is not None:
                 workload.batch_size = batch_size
@@ -97,10 +101,20 @@ def register(application: Any) -> None:
                 where = "" if out is None or not kept else f"; what was timed is in {out}"
                 typer.echo(f"interrupted{where}", err=True)
                 raise typer.Exit(INTERRUPTED) from None
-            if as_json:
-                print_json({"target": target, **found.to_dict()})
-            else:
-                _show(found, out)
+            except GradStatsError:  # a full disk among them: what was timed is shown
+                for suite in kept:
+                    _tell(suite, target, as_json)
+                raise
+            _tell(found, target, as_json)
+            if not as_json:
+                say_written(out)
+
+
+def _tell(found: Any, target: str | None, as_json: bool) -> None:
+    if as_json:
+        print_json({"target": target, **found.to_dict()})
+    else:
+        _show(found)
 
 
 DEFAULT_MODELS = "mlp,cnn,gpt"
@@ -136,13 +150,14 @@ def _compare(old: Path, new: Path, fail_on: float, as_json: bool) -> int:
 
     console, make_table = console_and_table()
     table = make_table("benchmark", "old", "new", "new / old, 99%", "")
+    table.columns[0].overflow = "fold"  # names are what two files are compared by
     table.columns[3].no_wrap = True
     for change in found.changes:
         table.add_row(
             change.name.replace(", threads ", ", "),
             _measured(change, change.old),
             _measured(change, change.new),
-            f"{change.ratio:.2f} ({change.low:.2f}–{change.high:.2f})",
+            f"{change.ratio:.2f} ({_end(change.low)}–{_end(change.high)})",
             "" if change.verdict == "same" else change.verdict,
             style={"slower": "red", "faster": "green"}.get(change.verdict),
         )
@@ -156,6 +171,11 @@ def _compare(old: Path, new: Path, fail_on: float, as_json: bool) -> int:
     return 1 if worse else 0
 
 
+def _end(ratio: float) -> str:
+    """Of an interval, which few rounds that scatter make very wide."""
+    return f"{ratio:.2f}" if 0.01 <= ratio < 100 else f"{ratio:.0e}"
+
+
 def _measured(change: Any, value: float) -> str:
     """A time, or how many times that of the reference it is."""
     if change.of == "seconds":
@@ -163,7 +183,7 @@ def _measured(change: Any, value: float) -> str:
     return f"{value:.3g} × {change.of.removeprefix('ratio to ')}"
 
 
-def _show(found: Any, out: Path | None) -> None:
+def _show(found: Any) -> None:
     from gradstats.terminal import console_and_table
 
     console, make_table = console_and_table()
@@ -208,8 +228,6 @@ def _show(found: Any, out: Path | None) -> None:
             "of ceiling: the least time that the gradients' own work could take at these rates, over the "
             "time taken; above 100% where the data stay in the caches."
         )
-    if out is not None:
-        console.print(f"Written: {out}", soft_wrap=True)
 
 
 def _threads(number: int) -> str:

@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from gradstats.commands.options import AsJson, Target
-from gradstats.commands.running import INTERRUPTED, one_line, print_json
+from gradstats.commands.running import INTERRUPTED, one_line, print_json, say_written
 
 
 def register(application: Any) -> None:
@@ -73,6 +73,7 @@ def register(application: Any) -> None:
         """
         with one_line():
             from gradstats.commands.progress import Progress
+            from gradstats.workbench import saved
             from gradstats.workbench.critical import Settings, Tolerance, measure_critical
             from gradstats.workbench.critical.picture import draw
             from gradstats.workbench.pictures import require_drawable
@@ -83,8 +84,11 @@ def register(application: Any) -> None:
                 evaluations, held_out, evaluation_samples, seeds, seed,
             )  # fmt: skip
             limit = Tolerance.parse(tolerance)
+            if out is not None:
+                saved.require_writable(out)
             if picture is not None:
                 require_drawable(picture)
+                saved.require_writable(picture)
             workload = load(target, seed=seed)
             try:
                 with Progress("critical") as progress:
@@ -105,12 +109,14 @@ def register(application: Any) -> None:
                 )  # fmt: skip
                 typer.echo(f"interrupted{kept}", err=True)
                 raise typer.Exit(INTERRUPTED) from None
-            if picture is not None:
-                draw(found, picture)
             if as_json:
                 print_json(content)
             else:
-                _show(found, content["noise_scale_missing"], [p for p in (out, picture) if p])
+                _show(found, content["noise_scale_missing"])
+            if picture is not None:  # last: where the disk is full, the result has been shown
+                draw(found, picture)
+            if not as_json:
+                say_written(out, picture)
             raise typer.Exit(0 if found.reached and found.fall > 0 else 1)
 
 
@@ -126,7 +132,7 @@ def whole_numbers(name: str, text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _show(found: Any, noise_missing: str, files: list[Path]) -> None:
+def _show(found: Any, noise_missing: str) -> None:
     from gradstats.estimators import readable
     from gradstats.terminal import console_and_table
 
@@ -157,7 +163,5 @@ def _show(found: Any, noise_missing: str, files: list[Path]) -> None:
             f"Use it: monitor.recommend(critical={readable(found.calibration.value)}), or the policy "
             f"partial(gradstats.schedulers.noise_scale, factor={readable(found.calibration.value)})."
         )
-    if files:
-        lines.append("Written: " + ", ".join(map(str, files)))
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)

@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from gradstats.commands.options import AsJson, Out, Seed, Target
-from gradstats.commands.running import INTERRUPTED, one_line, print_json
+from gradstats.commands.running import INTERRUPTED, one_line, print_json, say_written
 from gradstats.errors import InvalidArgumentError
 
 
@@ -99,20 +99,25 @@ def _run(
     with Progress("lr-range") as progress:
         found = lr_range(workload, report=progress, **options)
     content = {"target": target, "environment": saved.environment(), **found.to_dict()}
-    if out is not None:
-        saved.write(out, "lr_range", content)
-    if picture is not None and found.curves:
-        draw(found.curves, found.scaling, f"Learning rates of {target}", picture)
     if as_json:
         print_json(content)
     else:
-        _show(found, [str(path) for path in (out, picture) if path is not None])
+        _show(found)
+    # Last: where the disk is full, the result has been shown.
+    if out is not None:
+        saved.write(out, "lr_range", content)
+    if not found.curves:
+        picture = None
+    if picture is not None:
+        draw(found.curves, found.scaling, f"Learning rates of {target}", picture)
+    if not as_json:
+        say_written(out, picture)
     if found.interrupted:
         return INTERRUPTED
     return 0 if any(curve.low is not None for curve in found.curves) else 1
 
 
-def _show(found: Any, files: list[str]) -> None:
+def _show(found: Any) -> None:
     from gradstats.terminal import console_and_table
     from gradstats.workbench.lr_range.chart import text_chart
 
@@ -139,8 +144,6 @@ def _show(found: Any, files: list[str]) -> None:
         f"weights, optimizer and random numbers have the same hash as before "
         f"({_short(found.before)} = {_short(found.after)})"
     )
-    if files:
-        say("Written: " + ", ".join(files))
 
 
 def _short(fingerprint: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from gradstats.commands.options import AsJson, Out, Seed, Target
-from gradstats.commands.running import INTERRUPTED, one_line, print_json
+from gradstats.commands.running import INTERRUPTED, one_line, print_json, say_written
 
 LAYERS = 8  # rows of the table
 NAMED = 4  # parameters that are named in a line
@@ -103,8 +103,9 @@ def register(application: Any) -> None:
                 _show(found)
             if out is not None:  # last: where the disk is full, the result has been shown
                 saved.write(out, "measure", content)
-            if not as_json and (files := [str(path) for path in (log, out) if path is not None]):
-                typer.echo("Written: " + ", ".join(files))
+            if not as_json:
+                kept = [sink.path for sink in sinks if sink.error is None]
+                say_written(*kept, out)
             if found.stopped == "interrupted":
                 raise typer.Exit(INTERRUPTED)
             raise typer.Exit(0 if found.noise.num_steps else 1)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from gradstats.errors import GradStatsError, InvalidArgumentError
@@ -31,3 +32,9 @@ def print_json(value: Any) -> None:
     from gradstats.workbench.saved import plain
 
     print(json.dumps(plain(value), allow_nan=False), flush=True)
+
+
+def say_written(*files: Path | None) -> None:
+    """Name the files that were written, where there are any."""
+    if names := [str(path) for path in files if path is not None]:
+        print("Written: " + ", ".join(names))

@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from gradstats.commands.options import AsJson, Target
-from gradstats.commands.running import INTERRUPTED, one_line, print_json
+from gradstats.commands.running import INTERRUPTED, one_line, print_json, say_written
 
 
 def register(application: Any) -> None:
@@ -108,8 +108,10 @@ def register(application: Any) -> None:
                 target_loss,
                 threads,
             )
+            saved.require_writable(out)
             if picture is not None:
                 require_drawable(picture)
+                saved.require_writable(picture)
             with screen.Screen(settings) as report:
                 found = sweeps.sweep(
                     settings,
@@ -119,13 +121,15 @@ def register(application: Any) -> None:
                     checkpoint_seconds=checkpoint_seconds,
                     report=report,
                 )
-            saved.write(out, "sweep", found.to_dict())
+            if as_json:
+                print_json({"kind": "gradstats sweep", "version": saved.VERSION, **found.to_dict()})
+            else:
+                screen.show(found)
+            saved.write(out, "sweep", found.to_dict())  # last: the result has been shown
             if picture is not None:
                 from gradstats.workbench.sweep.picture import draw
 
                 draw(found.to_dict(), picture)
-            if as_json:
-                print_json({"kind": "gradstats sweep", "version": saved.VERSION, **found.to_dict()})
-            else:
-                screen.show(found, [out] if picture is None else [out, picture])
+            if not as_json:
+                say_written(out, picture)
             raise typer.Exit(INTERRUPTED if found.interrupted else int(bool(found.failed)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gradstats.commands.progress import Progress
@@ -64,7 +63,7 @@ class Screen:
         self._progress(text, sum(self._samples.values()) / self._total)
 
 
-def show(found: Sweep, files: Sequence[Path]) -> None:
+def show(found: Sweep) -> None:
     """The result, for people."""
     console, make_table = console_and_table()
     if found.interrupted:
@@ -81,7 +80,6 @@ def show(found: Sweep, files: Sequence[Path]) -> None:
         console.print(text)
     for remark in found.remarks:
         console.print(f"Note: {remark}.")
-    console.print(f"Written to {' and '.join(map(str, files))}")
 
 
 def _table(make_table: Any, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> Any:

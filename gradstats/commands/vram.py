@@ -12,7 +12,7 @@ import typer
 from typer import Argument, Option
 
 from gradstats.commands.options import AsJson, Seed
-from gradstats.commands.running import INTERRUPTED, one_line, print_json
+from gradstats.commands.running import INTERRUPTED, one_line, print_json, say_written
 from gradstats.errors import InvalidArgumentError
 
 
@@ -97,12 +97,14 @@ def _search(
 
     found = largest_micro_batch(target, report=report, **options)
     content = {"target": target, "environment": saved.environment(), **found.to_dict()}
-    if first and out is not None:
-        saved.write(out, "vram", content)
     if first and as_json:
         print_json(content)
     elif first:
-        _show(found, out)
+        _show(found)
+    if first and out is not None:  # last: where the disk is full, the result has been shown
+        saved.write(out, "vram", content)
+    if first and not as_json:
+        say_written(out)
     if found.limited_by == "interrupted":
         return INTERRUPTED
     return 0 if found.recommended else 1
@@ -123,7 +125,7 @@ def _ranks() -> Iterator[bool]:
         torch.distributed.destroy_process_group()
 
 
-def _show(found: Any, out: Path | None) -> None:
+def _show(found: Any) -> None:
     from gradstats.terminal import console_and_table
     from gradstats.words import beyond_memory
     from gradstats.workbench.vram.sizes import show_bytes
@@ -160,8 +162,6 @@ def _show(found: Any, out: Path | None) -> None:
     for remark in found.remarks:
         console.print(f"Note: {remark}", markup=False, soft_wrap=True)
     console.print(str(found), style="bold", soft_wrap=True)
-    if out is not None:
-        console.print(f"Written: {out}", markup=False, soft_wrap=True)
 
 
 def _textbook(text: str, multiple_of: int | None, as_json: bool) -> None:

@@ -60,6 +60,7 @@ def _run(
 
     from gradstats.demo import picture, screen, tasks
     from gradstats.demo.train import train
+    from gradstats.workbench.saved import write_text
 
     # JSON has standard output to itself.
     console = Console(stderr=as_json, highlight=False)
@@ -79,12 +80,16 @@ def _run(
     if run.interrupted:
         console.print("Interrupted: what follows was measured until then.")
     summary = {"seed": seed, **run.summary()}
-    (out / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", "utf-8")
-    picture.draw(run.rows, batch_size, f"A {made.title}", made.unit, out / PICTURE)
     if as_json:
-        print(json.dumps(summary, allow_nan=False))
+        print(json.dumps(summary, allow_nan=False), flush=True)
     else:
-        screen.show(console, run, [str(out / name) for name in (STEPS, SUMMARY, PICTURE)])
+        screen.show(console, run)
+    # Last: where the disk is full, the result has been shown.
+    write_text(out / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    picture.draw(run.rows, batch_size, f"A {made.title}", made.unit, out / PICTURE)
+    if not as_json:
+        names = [STEPS] * (lines.error is None) + [SUMMARY, PICTURE]
+        console.print("Written: " + ", ".join(str(out / name) for name in names), soft_wrap=True)
     return INTERRUPTED if run.interrupted else 0
 
 

@@ -60,7 +60,7 @@ class Screen:
             self._console.print("Timing a few steps at other batch sizes …")
 
 
-def show(console: Console, run: Run, files: list[str]) -> None:
+def show(console: Console, run: Run) -> None:
     """Print the result of a run for people."""
     summary = run.summary()
     console.print()
@@ -78,7 +78,6 @@ def show(console: Console, run: Run, files: list[str]) -> None:
         for name, share in shares:
             table.add_row(name, f"{share:.1%}")
         console.print(table)
-    console.print("Written: " + ", ".join(files), soft_wrap=True)
 
 
 def _loss(summary: dict[str, Any]) -> str:

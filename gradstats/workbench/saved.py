@@ -36,10 +36,14 @@ def write(path: Path, kind: str, content: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file of text; it is replaced at once when all of it is on the disk.
 
-    Raises InvalidArgumentError where it cannot be written.
+    What is no regular file (a device, a pipe) is written to as it is. Raises InvalidArgumentError where
+    it cannot be written.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        if _special(path):
+            path.write_text(text, "utf-8")
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -57,12 +61,19 @@ def write_text(path: Path, text: str) -> None:
 
 def require_writable(path: Path) -> None:
     """Raise InvalidArgumentError where `write` could not write here: to be told before long work."""
+    if _special(path) and os.access(path, os.W_OK):
+        return
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         why = "it is a folder" if path.is_dir() else f"no file can be made in {folder}"
         raise InvalidArgumentError(f"{path} cannot be written ({why}); name another file")
+
+
+def _special(path: Path) -> bool:
+    """Whether something is there that must not be replaced by a file."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def read(path: Path, *kinds: str) -> dict[str, Any]:
