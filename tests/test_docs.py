@@ -244,13 +244,18 @@ def test_the_biases_on_the_page_are_those_in_the_results_and_chance() -> None:
         assert f"| {' | '.join(row)} |" in page
     for found in results["settings"].values():
         for way, figures in found.items():
-            for column in ("tr_sigma", "true_grad_sq_norm"):
-                bias, error = figures[column]["bias"], figures[column]["error"]
-                if (way, column) != (
-                    'geometry="sign"',
-                    "tr_sigma",
-                ):  # heavy tails: the page says so
-                    assert abs(bias) < min(1, 3 * error), (way, column)
+            ratio = figures["noise_scale"]
+            assert abs(ratio["value"]["bias"]) < 1, way
+            columns = figures["tr_sigma"], figures["true_grad_sq_norm"], ratio["unbiased"]
+            for column in columns:
+                assert abs(column["bias"]) < min(1, 3 * column["error"]), (way, column)
+            shares = [c["share"] for c in figures["coverage"].values() if c["runs"] > 100]
+            assert 0.85 < min(shares) <= max(shares) < 0.97, way
+    for windows in ("12", "30"):
+        for of in ("noise_scale", "max_learning_rate"):
+            figures = results["curvature"][windows][of]
+            assert abs(figures["unbiased"]["bias"]) < 1, (windows, of)
+            assert 0.85 < figures["share"] < 0.97, (windows, of)
 
 
 def test_the_races_within_a_budget_are_those_in_the_results() -> None:
