@@ -258,11 +258,14 @@ def test_lines_of_a_log_that_hold_no_row_are_told(tmp_path) -> None:
     row = '{"step": 4, "noise_scale": 64.0, "noise_scale_low": 50, "noise_scale_high": 80, "batch_size": 8}'
     path.write_text(f'{{"step": 1, "lo\n{row}\n\x00\x00\n{row[:20]}')
     with pytest.warns(
-        UserWarning, match="3 lines of .*run.jsonl hold no row .cut short, or no JSON"
+        UserWarning, match="run.jsonl: 3 lines without a row .cut short, or no JSON. passed"
     ):
         evidence = gather([path])
     assert (evidence.batch_size, evidence.noise.value) == (8, 64.0)
-    for text, words in (("", "run.jsonl is empty"), ("{]\n", "1 line of .* and no other does")):
+    for text, words in (
+        ("", "run.jsonl is empty"),
+        ("{]\n", "1 line without a row .*, and no other"),
+    ):
         path.write_text(text)
         with pytest.raises(InvalidArgumentError, match=f"{words}; is it a log of gradstats.Log"):
             gather([path])

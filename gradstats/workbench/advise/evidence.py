@@ -98,12 +98,12 @@ def gather(paths: Sequence[Path]) -> Evidence:
     for path in paths:
         if path.suffix in LOGS:
             log = read_log(path)
-            lines = f"{counted(log.spoilt, 'line')} of {path} hold no row (cut short, or no JSON)"
+            lines = f"{path}: {counted(log.spoilt, 'line')} without a row (cut short, or no JSON)"
             if not log.rows:
-                seen = f"{lines}, and no other does" if log.spoilt else f"{path} is empty"
+                seen = f"{lines}, and no other" if log.spoilt else f"{path} is empty"
                 raise InvalidArgumentError(f"{seen}; is it a log of gradstats.Log?")
             if log.spoilt:
-                warnings.warn(f"{lines} and were passed over", stacklevel=2)
+                warnings.warn(f"{lines} passed over", stacklevel=2)
             found = found.joined(of_log(log, path.name))
             continue
         content = saved.read(path, *KINDS)
