@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradstats.roots import AveragedRoots, shortness
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLES, STEPS = 8, 24
 
 
