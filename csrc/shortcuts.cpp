@@ -18,6 +18,7 @@
 #include "entry_shortcut.h"
 #include "joint_row.h"
 #include "open_pass.h"
+#include "rows_node.h"
 
 namespace gradstats {
 namespace {
@@ -207,6 +208,7 @@ void bind_shortcuts(py::module_& m) {
       .def("end", &Shortcuts::end)
       .def("link", &Shortcuts::link, py::arg("row"), py::arg("joint"))
       .def("take_leaf", &Shortcuts::take_leaf, py::arg("entries"))
+      .def_static("rows_of_leaf", &rows_of_leaf, py::arg("leaf"), py::arg("deliver"))
       .def("keep_leaf", &Shortcuts::keep_leaf, py::arg("leaf"), py::arg("rows"))
       .def("linear", &made<LinearShortcut>, py::arg("weight"), py::arg("weight_mark"),
            py::arg("weight_row"), py::arg("bias"), py::arg("bias_mark"), py::arg("bias_row"))

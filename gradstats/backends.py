@@ -165,6 +165,11 @@ def serves(name: str) -> bool:
     return _wanted in ("auto", name)
 
 
+def compiled(name: str) -> Callable[..., Any] | None:
+    """The extension's function `name`, for CPU tensors, where nobody asked for another backend."""
+    return getattr(extension()[0], name, None) if serves("cpu") else None
+
+
 def native(name: str, op: str, tensor: torch.Tensor) -> Callable[..., Any] | None:
     """The extension's function `name`, where the extension runs `op` on the CPU for such tensors."""
     return _native(name, op, tensor.device.type, tensor.dtype, _wanted)

@@ -62,10 +62,12 @@ class Passes:
                 self._passes = [p for p in self._passes if p not in earlier]
                 return known  # type: ignore[no-any-return]
         leaf = new_leaf(len(self.index), batch, self.dtype, self.device)
-        leaf.register_post_accumulate_grad_hook(self.ledger.hook(self.counted))
-        rows = leaf.unbind(0)
-        if pooled is not None:
-            pooled.keep_leaf(leaf, rows)
+        deliver = self.ledger.hook(self.counted)
+        leaf.register_post_accumulate_grad_hook(deliver)
+        if pooled is None:
+            return leaf, leaf.unbind(0)
+        rows = pooled.rows_of_leaf(leaf, deliver)
+        pooled.keep_leaf(leaf, rows)
         return leaf, rows
 
     def _reopen(self, path: str, args: Any, kwargs: Any) -> Pass:

@@ -72,6 +72,9 @@ def group(deliveries: Sequence[Delivery], reasons: Mapping[str, str]) -> list[Gr
             "gradients enabled (not under torch.no_grad or inference_mode) and its loss must "
             "depend on a trainable parameter."
         )
+    if len(deliveries) == 1:
+        (only,) = deliveries
+        return [Group(only.batch, only.gradient(), only.counted)]
     _mark_repeated([d for d in deliveries if d.number is not None])
     groups: dict[int, Group] = {}
     for delivery in deliveries:
@@ -158,7 +161,7 @@ def at_once(
     None where the step has something special, or there is no extension for it.
     """
     n, rows, counted = groups[0]
-    native = backends.native("step_sums", "multi_sq_norm", rows)
+    native = backends.compiled("step_sums")
     if native is None or len(groups) > 1 or counted is not None:
         return None
     square = 1.0 if summed_loss else float(n) ** 2

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradstats
 
-pytest.importorskip("gradstats._C", reason="gradstats._C is not built")
+C = pytest.importorskip("gradstats._C", reason="gradstats._C is not built")
 
 
 @pytest.fixture
@@ -117,5 +117,58 @@ def test_nothing_is_kept_alive() -> None:
     loss(model, torch.randn(6, 5)).backward()
     monitor.step()
     del model, monitor  # without detach()
+    gc.collect()
+    assert held() is None
+
+
+def rows_of(leaf, told):  # type: ignore[no-untyped-def]
+    return C.Shortcuts.rows_of_leaf(leaf, told.append)
+
+
+def test_rows_are_stacked_and_added_up() -> None:
+    leaf = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
+    told: list[torch.Tensor] = []
+    rows = rows_of(leaf, told)
+    assert all(row.requires_grad and row.shape == (4,) for row in rows)
+    weight = torch.randn(3, 4, dtype=torch.float64)
+    (rows[0] * weight[0] + rows[2] * weight[2]).sum().backward()
+    assert [t is leaf for t in told] == [True]
+    want = weight * torch.tensor([[1.0], [0.0], [1.0]])
+    torch.testing.assert_close(leaf.grad, want, rtol=0, atol=0)
+    (rows[1] * 2 + rows[2]).sum().backward(create_graph=True)  # of a graph of its own
+    assert len(told) == 2
+    assert not leaf.grad.requires_grad
+    want = want + torch.tensor([[0.0], [2.0], [1.0]], dtype=torch.float64)
+    torch.testing.assert_close(leaf.grad, want, rtol=0, atol=0)
+    leaf.grad = None
+    stacked = torch.stack(rows).sum()
+    torch.autograd.grad(stacked, rows)  # no more than what was asked for
+    assert leaf.grad is None
+    assert len(told) == 2
+
+
+def test_what_is_told_of_rows_may_fail() -> None:
+    def fails(leaf):  # type: ignore[no-untyped-def]
+        raise gradstats.BatchDimError("of this type")
+
+    rows = C.Shortcuts.rows_of_leaf(torch.zeros(2, 3, requires_grad=True), fails)
+    with pytest.raises(gradstats.BatchDimError, match="of this type"):
+        rows[0].sum().backward()
+
+
+def test_rows_let_go_of_their_leaf() -> None:
+    leaf = torch.zeros(2, 3, requires_grad=True)
+
+    class Told:
+        def __call__(self, leaf):  # type: ignore[no-untyped-def]
+            pass
+
+    told = Told()
+    rows, held = C.Shortcuts.rows_of_leaf(leaf, told), weakref.ref(told)
+    leaf.register_post_accumulate_grad_hook(lambda _: None)
+    del told, leaf
+    gc.collect()
+    assert held() is not None
+    del rows
     gc.collect()
     assert held() is None
