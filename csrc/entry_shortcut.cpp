@@ -13,7 +13,10 @@ class Framed {
   Framed(py::list stack, const py::object& frame) : stack_(std::move(stack)) {
     stack_.append(frame);
   }
-  ~Framed() { PyList_SetSlice(stack_.ptr(), py::len(stack_) - 1, py::len(stack_), nullptr); }
+  ~Framed() {
+    const Py_ssize_t open = PyList_GET_SIZE(stack_.ptr());
+    PyList_SetSlice(stack_.ptr(), open - 1, open, nullptr);
+  }
   Framed(const Framed&) = delete;
   Framed& operator=(const Framed&) = delete;
 

@@ -35,8 +35,8 @@ bool Shortcuts::open() const {
 }
 
 bool Shortcuts::is_settled(const py::str& path) const {
-  PyObject *const settled = own(interposer_, names().settled), *const fallbacks = own(
-                                                                   interposer_, names().fallbacks);
+  PyObject* const settled = own(interposer_, names().settled);
+  PyObject* const fallbacks = own(interposer_, names().fallbacks);
   return settled != nullptr && fallbacks != nullptr && PySet_Contains(settled, path.ptr()) == 1 &&
          PyDict_Contains(fallbacks, path.ptr()) == 0;
 }
@@ -44,8 +44,8 @@ bool Shortcuts::is_settled(const py::str& path) const {
 bool Shortcuts::may_begin(const py::object& input) const {
   if (!is_plain(input.ptr()) || PyList_GET_SIZE(observers_.ptr()) != 0) return false;
   const at::Tensor& x = THPVariable_Unpack(input.ptr());
-  PyObject *const passes = own(interposer_, names().passes), *const ledger =
-                                                                 own(interposer_, names().ledger);
+  PyObject* const passes = own(interposer_, names().passes);
+  PyObject* const ledger = own(interposer_, names().ledger);
   return own(interposer_, names().current) == Py_None &&
          own(interposer_, names().recorder) == Py_None &&
          own(interposer_, names().suspended) == Py_False &&
