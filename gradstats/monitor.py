@@ -227,8 +227,8 @@ class Monitor:
         """Measure the next `steps` steps for all parameters, to learn what the proxy is to the model.
 
         For method="norm_layers". Those steps cost what method="per_sample" costs; the factor between the
-        two noise scales is then known with an interval, which widens that of `noise_scale()`, and is
-        used where it is known to within a factor of 1.5. Call it between two steps, on all ranks alike.
+        two noise scales is then known with an interval, which always widens that of `noise_scale()`, and is
+        acted on where it is known to within a factor of 1.5. Call it between two steps, on all ranks alike.
         """
         at_least("steps", steps, 1)
         if not isinstance(self._source, NormLayers):
