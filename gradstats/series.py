@@ -18,20 +18,30 @@ class Series:
     """Per step: samples, tr_sigma and true_grad_sq_norm, of the last `HISTORY` steps."""
 
     def __init__(self) -> None:
-        # (samples, mean_sq_norm, grad_sq_norm) of steps that nobody has asked for yet.
-        self.pending: deque[tuple[int | Tensor, Tensor, Tensor]] = deque(maxlen=HISTORY)
+        # (samples, mean_sq_norm, grad_sq_norm) of steps that nobody has asked for yet. Numbers where they
+        # are at hand: small tensors that stay would keep the gradients' memory from being used again.
+        self.pending: deque[tuple[int | Tensor, Tensor | float, Tensor | float]] = deque(
+            maxlen=HISTORY
+        )
         self._read: deque[tuple[int, float, float]] = deque(maxlen=HISTORY)
 
     def add(self, stats: GradStats) -> None:
         """Remember a step, without waiting for the device."""
-        self.pending.append((stats.samples, stats.mean_sq_norm, stats.grad_sq_norm))
+        mean, grad = stats.mean_sq_norm, stats.grad_sq_norm
+        if mean.is_cpu and grad.is_cpu:
+            self.pending.append((stats.samples, mean.item(), grad.item()))
+        else:
+            self.pending.append((stats.samples, mean, grad))
 
     def read(self) -> tuple[list[int], list[float], list[float]]:
         """Samples, tr_sigma, true_grad_sq_norm of each step. Waits for the device, once."""
         if self.pending:
             pending = list(self.pending)
             self.pending.clear()
-            values = torch.stack([torch.stack(pair) for _, *pair in pending]).double().cpu()
+            pairs = [torch.stack(pair) for _, *pair in pending if isinstance(pair[0], Tensor)]
+            waited = iter(torch.stack(pairs).double().cpu() if pairs else ())
+            values = [next(waited) if isinstance(pair[0], Tensor)
+                      else torch.tensor(pair, dtype=torch.float64) for _, *pair in pending]  # fmt: skip
             counted: Sequence[Any] = [n for n, *_ in pending]
             if any(isinstance(n, Tensor) for n in counted):  # of all ranks
                 counted = torch.stack([torch.as_tensor(n) for n in counted]).long().tolist()
