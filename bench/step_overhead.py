@@ -10,6 +10,7 @@ the float64 truth, without which nothing is timed, and every peer with gradstats
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import sys
 from pathlib import Path
@@ -50,6 +51,16 @@ def cells(model: str, row: Variant) -> list[str]:
     return [model, row.name, ms, str(row.ratio), shown, row.remark]
 
 
+def keep_heap() -> None:
+    """Have glibc keep what is freed: else the variant that it takes pages from and back pays for all."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**26)
+        mallopt(mmap_threshold, 2**25)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn", "gpt"], choices=list(MODELS))
@@ -62,6 +73,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small models: a smoke run, no figures")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    keep_heap()
     torch.set_num_threads(args.threads)
     env = environment("gradstats", *PACKAGES)
     env["versions"]["gradstats"] = gradstats.__version__

@@ -38,9 +38,10 @@ class Series:
         if self.pending:
             pending = list(self.pending)
             self.pending.clear()
-            pairs = [torch.stack(pair) for _, *pair in pending if isinstance(pair[0], Tensor)]
-            waited = iter(torch.stack(pairs).double().cpu() if pairs else ())
-            values = [next(waited) if isinstance(pair[0], Tensor)
+            waiting: list[Any] = [pair for _, *pair in pending if isinstance(pair[0], Tensor)]
+            stacked = [torch.stack(pair) for pair in waiting]
+            arrived = iter(torch.stack(stacked).double().cpu() if stacked else ())
+            values = [next(arrived) if isinstance(pair[0], Tensor)
                       else torch.tensor(pair, dtype=torch.float64) for _, *pair in pending]  # fmt: skip
             counted: Sequence[Any] = [n for n, *_ in pending]
             if any(isinstance(n, Tensor) for n in counted):  # of all ranks
