@@ -57,23 +57,23 @@ bool EntryShortcut::is_known(const py::object& module) const {
 
 py::object EntryShortcut::operator()(const py::object& module, const py::object& original,
                                      const py::object& input) const {
-  const auto no = py::reinterpret_borrow<py::object>(Py_NotImplemented);
-  if (!is_known(module)) return no;
+  if (!is_known(module)) return not_taken();
   if (of_->open()) {
     const Framed framed(of_->stack(), of_->frame(path_));
     return original(input);
   }
-  if (!of_->may_begin(input)) return no;
+  if (!of_->may_begin(input)) return not_taken();
   const int64_t batch = THPVariable_Unpack(input.ptr()).size(0);
   const py::object leaf = of_->take_leaf(batch + 1);
-  if (leaf.is_none()) return no;
+  if (leaf.is_none()) return not_taken();
   try {
     const Shortcuts::Begun begun(*of_, input, batch, leaf);
     const Mode mode(of_->interposer());
     const Framed framed(of_->stack(), of_->frame(path_));
     return original(input);
   } catch (py::error_already_set& error) {
-    if (error.matches(of_->needs_layout())) return no;  // Python looks for it, and runs it again
+    if (error.matches(of_->needs_layout()))
+      return not_taken();  // Python looks for it, and runs it again
     throw;
   }
 }

@@ -17,7 +17,6 @@ class EntryShortcut {
   EntryShortcut(std::shared_ptr<Shortcuts> of, py::str path)
       : of_(std::move(of)), path_(std::move(path)) {}
 
-  // NotImplemented where Python has to look.
   py::object operator()(const py::object& module, const py::object& original,
                         const py::object& input) const;
 

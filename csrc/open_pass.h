@@ -43,6 +43,9 @@ inline const Names& names() {
   return *all;
 }
 
+// What a shortcut says where Python has to look.
+inline py::object not_taken() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
+
 // A parameter of a layer: where it sits, its mark, its row.
 struct Place {
   py::str name;

@@ -34,8 +34,6 @@ Place place(const py::str& name, const py::object& mark, size_t row) {
           m2.is_none() ? std::nullopt : std::optional<at::Tensor>(m2.cast<at::Tensor>()), row};
 }
 
-py::object not_taken() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
-
 // A layer with a weight and perhaps a bias, each given as its name, mark and row.
 class Layer {
  public:

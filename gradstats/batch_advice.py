@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gradstats.words import readable, span
+from gradstats.words import readable, sizes
 
 __all__ = ["BatchSizeAdvice", "CurvePoint"]
 
@@ -61,13 +61,12 @@ class BatchSizeAdvice(CurvePoint):
     def __str__(self) -> str:
         present = self.present
         now = present.batch_size
-        interval = span(f"{self.low:,}", None if self.high is None else f"{self.high:,}")
         verb = "keep batch size" if self.batch_size == now else f"change batch size {now:,} to"
         rate = "" if self.learning_rate is None else f"; learning rate {self.learning_rate:.4g}"
         time = "" if self.seconds is None else f", {readable(self.seconds)} × the time"
         return (
-            f"{verb} {self.batch_size:,} (the interval gives {interval}) as micro_batch_size "
-            f"{self.micro_batch_size:,} × accumulation_steps {self.accumulation_steps:,} × "
+            f"{verb} {self.batch_size:,} (the interval gives {sizes(self.low, self.high)}) as "
+            f"micro_batch_size {self.micro_batch_size:,} × accumulation_steps {self.accumulation_steps:,} × "
             f"world_size {self.world_size:,}{rate}; expected against now: {readable(self.steps)} × "
             f"the steps, {readable(self.samples)} × the samples{time}{self._left()}. Why: {self.reason}."
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradstats.errors import GradStatsError
-from gradstats.words import readable, span
+from gradstats.words import readable, sizes, span
 
 
 def console_and_table() -> tuple[Any, Any]:
@@ -41,8 +41,7 @@ def advice_table(advice: Mapping[str, Any], learning_rate: float | None) -> Any:
     from rich.table import Table
 
     now, size = advice["present_batch_size"], advice["batch_size"]
-    high = None if advice["high"] is None else f"{advice['high']:,}"
-    interval = span(f"{advice['low']:,}", high)
+    interval = sizes(advice["low"], advice["high"])
     change = f"keep {now:,}" if size == now else f"{now:,} → {size:,}"
     table = Table.grid("", "", padding=(0, 2))
     table.title, table.title_justify = "\nRecommendation", "left"

@@ -16,6 +16,11 @@ def span(low: str, high: str | None) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def sizes(low: int, high: int | None) -> str:
+    """An interval of batch sizes: ``1,024 to 2,048``, ``96``, ``96 up`` without an end."""
+    return span(f"{low:,}", None if high is None else f"{high:,}")
+
+
 def beyond_memory(size: int) -> str:
     """In the place of a largest micro-batch: `size` ran, and memory is not what limits it."""
     return f"more than {size:,}, not limited by memory"

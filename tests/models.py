@@ -133,6 +133,14 @@ PROBLEMS = {
 }  # fmt: skip
 
 
+def plain_layers() -> nn.Module:
+    """(B, …, 5) → (B, …, 3): linear layers, one without a bias, and activations between them."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)
+    )
+
+
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
     """Mean over samples of a smooth function of the output that treats no two entries alike."""
     out = model(batch)

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from models import loss
+from models import loss, plain_layers
 from oracle import assert_matches, per_sample_gradients
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -20,10 +20,7 @@ C = pytest.importorskip("gradstats._C", reason="gradstats._C is not built")
 
 @pytest.fixture
 def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)
-    )
+    return plain_layers()
 
 
 def test_two_forwards_live_at_once(model) -> None:

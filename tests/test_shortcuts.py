@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from models import loss
+from models import loss, plain_layers
 from oracle import assert_matches, per_sample_gradients
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -22,10 +22,7 @@ pytest.importorskip("gradstats._C", reason="gradstats._C is not built")
 
 @pytest.fixture
 def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)
-    )
+    return plain_layers()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import loss
+from models import loss, plain_layers
 from torch import nn
 
 import gradstats
@@ -14,10 +14,7 @@ C = pytest.importorskip("gradstats._C", reason="gradstats._C is not built")
 
 @pytest.fixture
 def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)
-    )
+    return plain_layers()
 
 
 def test_totals_of_a_step_equal_those_of_the_reference(model) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from gradstats.estimators import NoiseScale
 from gradstats.loggers.reading import number
-from gradstats.words import readable, span
+from gradstats.words import readable, sizes
 from gradstats.workbench.report.advice_of import Basis
 from gradstats.workbench.report.inputs import Input, objects
 
@@ -74,8 +74,7 @@ def by_noise(basis: Basis, several: bool) -> Verdict:
             costs.append(_change(advice["seconds"], "time", "less"))
         headline += f": {', '.join(costs)} to the same loss"
         level = _level(noise)
-    high = None if advice["high"] is None else f"{advice['high']:,}"
-    interval = span(f"{advice['low']:,}", high)
+    interval = sizes(advice["low"], advice["high"])
     facts = [
         Fact(
             "Batch size",

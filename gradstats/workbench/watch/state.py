@@ -12,7 +12,7 @@ from typing import Any
 from gradstats.batch_advice import BatchSizeAdvice
 from gradstats.estimators import NoiseScale
 from gradstats.loggers import About, Logged
-from gradstats.words import span
+from gradstats.words import sizes
 
 __all__ = ["State", "number", "state_of"]
 
@@ -156,10 +156,9 @@ def _noise(noise: NoiseScale | None, advice: BatchSizeAdvice | None) -> dict[str
     if low <= now <= high:
         return {}
     side, pays = ("below", "a larger one") if now < low else ("above", "a smaller one")
-    sizes = span(f"{low:,}", None if advice.high is None else f"{high:,}")
     return {
         "batch": f"the batch of {now:,} is {side} what the noise scale's interval advises, "
-        f"{sizes}: {pays} takes fewer {'steps' if now < low else 'samples'} at little "
+        f"{sizes(low, advice.high)}: {pays} takes fewer {'steps' if now < low else 'samples'} at little "
         "cost (`gradstats advise`)"
     }
 
