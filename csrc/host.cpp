@@ -10,6 +10,7 @@
 
 #include "cpu/linear_node.h"
 #include "joint_row.h"
+#include "open_pass.h"
 #include "ops.h"
 #include "shortcuts.h"
 
@@ -100,8 +101,12 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("build_info") = info;
 
-  m.def("linear_stats", &cpu::linear_stats, py::arg("x"), py::arg("g"), py::arg("weight"),
-        py::arg("bias"), py::arg("moments"), Guard());
+  m.def(
+      "linear_stats",
+      [](const at::Tensor& x, const at::Tensor& g, bool weight, bool bias, bool moments) {
+        return cpu::linear_stats(x, g, weight, bias, moments);
+      },
+      py::arg("x"), py::arg("g"), py::arg("weight"), py::arg("bias"), py::arg("moments"), Guard());
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("row_w"),
         py::arg("m2_w"), py::arg("row_b"), py::arg("m2_b"), py::arg("joint_w"), py::arg("joint_b"));
   using at::Tensor;
@@ -124,6 +129,13 @@ PYBIND11_MODULE(_C, m) {
         py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
         py::arg("weight"), py::arg("bias"), py::arg("moments"), Guard());
   m.def("multi_sq_norm", &cpu::multi_sq_norm, py::arg("tensors"), Guard());
-  m.def("step_sums", &cpu::step_sums, py::arg("rows"), py::arg("params"), py::arg("sizes"),
-        py::arg("square"), py::arg("grad_square"), Guard());
+  m.def(
+      "step_sums",
+      [](const Tensor& rows, const std::vector<Tensor>& params, const std::vector<int64_t>& sizes,
+         double square, double grad_square, const Shortcuts* shortcuts) {
+        const auto* const known = shortcuts == nullptr ? nullptr : shortcuts->grad_norms().get();
+        return cpu::step_sums(rows, params, sizes, square, grad_square, known);
+      },
+      py::arg("rows"), py::arg("params"), py::arg("sizes"), py::arg("square"),
+      py::arg("grad_square"), py::arg("shortcuts") = nullptr, Guard());
 }

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/grad_norms.h"
 #include "joint_row.h"
 
 namespace gradstats {
@@ -121,6 +122,9 @@ class Shortcuts {
   py::object take_leaf(int64_t entries) const;
   void keep_leaf(py::object leaf, py::tuple rows);
 
+  // Of the gradients that the layers' backwards make.
+  const std::shared_ptr<cpu::GradNorms>& grad_norms() const { return grad_norms_; }
+
   // Whether the pass that began runs, and nothing of what Python looks out for is about.
   bool open() const;
 
@@ -162,6 +166,7 @@ class Shortcuts {
   int64_t batch_ = 0;
   std::unordered_map<size_t, std::shared_ptr<Link>> links_;
   std::vector<std::pair<py::object, py::tuple>> leaves_;
+  const std::shared_ptr<cpu::GradNorms> grad_norms_ = std::make_shared<cpu::GradNorms>();
 };
 
 }  // namespace gradstats

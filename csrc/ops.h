@@ -20,7 +20,11 @@ using NormStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 namespace cpu {
 
-LinearStats linear_stats(const Tensor& x, const Tensor& g, bool weight, bool bias, bool moments);
+class GradNorms;
+
+// `dw_sq_norm`, if asked for: |dw|^2, where it came with the product.
+LinearStats linear_stats(const Tensor& x, const Tensor& g, bool weight, bool bias, bool moments,
+                         std::optional<double>* dw_sq_norm = nullptr);
 
 NormStats layer_norm_stats(const Tensor& g, const Tensor& x, const std::optional<Tensor>& mean,
                            const Tensor& rstd, const std::optional<Tensor>& scale, bool input,
@@ -44,10 +48,11 @@ Tensor multi_sq_norm(const std::vector<Tensor>& tensors);
 // squared norms and counts: square · norms (P, N), which were delivered as they should be (P,),
 // grad_square · |p.grad|² (P,), and of those delivered the sums (N,), their mean, and the sum of
 // the gradients'. Nothing where a gradient is missing or is of a kind that is not for here.
+// Gradients whose norms are `known` are not read again.
 using StepSums = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 std::optional<StepSums> step_sums(const Tensor& rows, const std::vector<Tensor>& params,
                                   const std::vector<int64_t>& sizes, double square,
-                                  double grad_square);
+                                  double grad_square, const GradNorms* known = nullptr);
 
 }  // namespace cpu
 }  // namespace gradstats

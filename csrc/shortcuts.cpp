@@ -102,7 +102,8 @@ class LinearShortcut : Layer {
     {
       const py::gil_scoped_release released;
       out = cpu::linear(found->x, found->weight, found->bias, of_weight, of_bias,
-                        std::move(row_of_weight), std::move(row_of_bias));
+                        std::move(row_of_weight), std::move(row_of_bias),
+                        {of_->grad_norms(), weight_->row});
     }
     return wrap(std::move(out));
   }

@@ -89,7 +89,8 @@ class PerSample(Source):
             m2 = self._moments.take(batches, None) if self._moments else {}
             if not reasons and scale is None:
                 known = names, self._sizes, params
-                stats = record.at_once(*known, groups, summed, per_layer, m2)
+                shortcuts = interposer.shortcuts
+                stats = record.at_once(*known, groups, summed, per_layer, m2, shortcuts)
                 if stats is not None:
                     return stats
             local = record.gather(names, params, groups, reasons)

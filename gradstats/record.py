@@ -155,17 +155,20 @@ def at_once(
     summed_loss: bool,
     per_layer: bool,
     m2: Mapping[str, Tensor],
+    shortcuts: object | None = None,
 ) -> GradStats | None:
     """What `gather` and `build` make of an ordinary step of one process, in one call of the extension.
 
-    None where the step has something special, or there is no extension for it.
+    None where the step has something special, or there is no extension for it. `shortcuts` know of
+    gradients that were squared as the backward made them.
     """
     n, rows, counted = groups[0]
     native = backends.compiled("step_sums")
     if native is None or len(groups) > 1 or counted is not None:
         return None
     square = 1.0 if summed_loss else float(n) ** 2
-    sums = native(rows, params, sizes, square, 1 / at_least_one(n) ** 2 if summed_loss else 1.0)
+    grad_square = 1 / at_least_one(n) ** 2 if summed_loss else 1.0
+    sums = native(rows, params, sizes, square, grad_square, shortcuts)
     if sums is None:
         return None
     sq_norm, ok, grad_sq, total, mean, grad_total = sums

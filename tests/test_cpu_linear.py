@@ -23,6 +23,7 @@ SHAPES = [  # B, T, I, O, and the path that norms take; 16-bit numbers are fused
     pytest.param(33, 1, 65, 70, id="rank-one-tiles-odd"),
     pytest.param(700, 1, 129, 257, id="rank-one-tiles-deep"),
     pytest.param(64, 1, 64, 96, id="rank-one-tiles-full"),
+    pytest.param(9, 1, 20, 1030, id="rank-one-parts"),
     pytest.param(6, 3, 65, 70, id="gram-odd"),
     pytest.param(130, 9, 128, 96, id="gram-many-groups"),
     pytest.param(6, 12, 90, 70, id="fused-short"),

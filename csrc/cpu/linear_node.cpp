@@ -15,7 +15,9 @@ Tensor three(const Tensor& t) { return t.dim() == 2 ? t.unsqueeze(1) : t.flatten
 
 struct Deliveries : torch::CustomClassHolder {
   RowOf weight, bias;
-  Deliveries(RowOf w, RowOf b) : weight(std::move(w)), bias(std::move(b)) {}
+  Keeping keeping;
+  Deliveries(RowOf w, RowOf b, Keeping k)
+      : weight(std::move(w)), bias(std::move(b)), keeping(std::move(k)) {}
 };
 
 struct Linear : torch::autograd::Function<Linear> {
@@ -52,14 +54,18 @@ struct Linear : torch::autograd::Function<Linear> {
     if (!of_weight && !of_bias) return results;
     const Tensor xs = three(x), gs = three(g);
     const bool moments = wants(kM2OfWeight) || wants(kM2OfBias);
+    std::optional<double> dw_sq_norm;
     auto [dw, db, w_sq, b_sq, w_m2, b_m2] =
-        route().here ? linear_stats(xs, gs, of_weight, of_bias, moments)
+        route().here ? linear_stats(xs, gs, of_weight, of_bias, moments, &dw_sq_norm)
                      : route().linear(xs, gs, of_weight, of_bias, moments);
     const auto to = ctx->saved_data["deliveries"].toCapsule();
     const auto& rows = static_cast<const Deliveries&>(*to);
     const auto use = reinterpret_cast<intptr_t>(ctx);
     if (of_weight) {
       results[kWeight] = dw;
+      if (dw_sq_norm.has_value() && rows.keeping.norms != nullptr) {
+        rows.keeping.norms->keep(rows.keeping.row, dw, *dw_sq_norm);
+      }
       if (wants(kRowOfWeight)) results[kRowOfWeight] = rows.weight(use, w_sq, gs, xs);
       if (wants(kM2OfWeight)) results[kM2OfWeight] = w_m2;
     }
@@ -75,11 +81,12 @@ struct Linear : torch::autograd::Function<Linear> {
 }  // namespace
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-              const Probe& of_weight, const Probe& of_bias, RowOf row_of_weight,
-              RowOf row_of_bias) {
-  return Linear::apply(
-      x, std::optional<Tensor>(weight), bias, of_weight.row, of_weight.m2, of_bias.row, of_bias.m2,
-      c10::make_intrusive<Deliveries>(std::move(row_of_weight), std::move(row_of_bias)));
+              const Probe& of_weight, const Probe& of_bias, RowOf row_of_weight, RowOf row_of_bias,
+              Keeping keeping) {
+  return Linear::apply(x, std::optional<Tensor>(weight), bias, of_weight.row, of_weight.m2,
+                       of_bias.row, of_bias.m2,
+                       c10::make_intrusive<Deliveries>(std::move(row_of_weight),
+                                                       std::move(row_of_bias), std::move(keeping)));
 }
 
 }  // namespace gradstats::cpu

@@ -3,8 +3,10 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 
+#include "grad_norms.h"
 #include "layer_node.h"
 
 namespace gradstats::cpu {
@@ -13,8 +15,15 @@ namespace gradstats::cpu {
 // of the gradient, which other uses of the parameter may need: (B, T, O), and (B, T, I) or nothing.
 using RowOf = std::function<Tensor(intptr_t, const Tensor&, const Tensor&, const Tensor&)>;
 
+// Where the squared norm of the weight's gradient is kept, if it comes with the backward.
+struct Keeping {
+  std::shared_ptr<GradNorms> norms;
+  size_t row = 0;
+};
+
 // y = x Wᵀ + b for x (B, …, I) of at least two dimensions.
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-              const Probe& of_weight, const Probe& of_bias, RowOf row_of_weight, RowOf row_of_bias);
+              const Probe& of_weight, const Probe& of_bias, RowOf row_of_weight, RowOf row_of_bias,
+              Keeping keeping = {});
 
 }  // namespace gradstats::cpu

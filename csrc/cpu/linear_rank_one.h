@@ -6,9 +6,11 @@
 #include <ATen/ceil_div.h>
 
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "linear_fused.h"
+#include "linear_gradient.h"
 #include "linear_rows.h"
 #include "linear_squares.h"
 
@@ -60,16 +62,21 @@ bool squares_on_tiles(const Problem<In>& p, const RowSums& rows, const Acc<In>* 
   return false;
 }
 
-// dw and m2 of a problem with one position to a sample: x (B, I), g (B, O), dw and m2 (O, I).
+// dw and m2 of a problem with one position to a sample: x (B, I), g (B, O), dw and m2 (O, I). dw's
+// squared norm, where that was had.
 template <typename In>
-void rank_one_moments(const Problem<In>& p, const at::Tensor& x, const at::Tensor& g,
-                      const RowSums& rows, at::Tensor& dw, at::Tensor& m2) {
+std::optional<double> rank_one_moments(const Problem<In>& p, const at::Tensor& x,
+                                       const at::Tensor& g, const RowSums& rows, at::Tensor& dw,
+                                       at::Tensor& m2) {
   using A = Acc<In>;
   const auto wide = m2.scalar_type();
   const at::Tensor x_wide = x.to(wide), g_wide = g.to(wide);
   at::Tensor sum = dw.scalar_type() == wide ? dw : at::empty_like(m2);
-  at::mm_out(sum, g_wide.t(), x_wide);
-  if (!sum.is_same(dw)) dw.copy_(sum);
+  std::optional<double> sq_norm = squared_gradient<A>(x_wide, g_wide, sum);
+  if (!sum.is_same(dw)) {
+    dw.copy_(sum);
+    sq_norm.reset();  // of what was rounded then
+  }
   const A* sums = sum.const_data_ptr<A>();
   std::vector<char> lost(p.out, 0);
   if (!squares_on_tiles(p, rows, sums, lost)) {
@@ -92,6 +99,7 @@ void rank_one_moments(const Problem<In>& p, const at::Tensor& x, const at::Tenso
     again.dw = nullptr;
     Pass<In, true>(again).run();
   }
+  return sq_norm;
 }
 
 // db, its squared norms and m2 (or nothing) of a bias with one position to a sample. False where an

@@ -74,7 +74,8 @@ void gradient(const Tensor& x, const Tensor& g, Tensor& dw) {
 }
 
 template <typename In>
-LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool moments) {
+LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool moments,
+                std::optional<double>& dw_sq_norm) {
   using A = Acc<In>;
   const int64_t samples = g.size(0), positions = g.size(1), in = x.size(2), out = g.size(2);
   const auto wide = x.options().dtype(c10::CppTypeToScalarType<A>::value);
@@ -114,8 +115,11 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
         for (int64_t b = 0; b < samples; ++b) {
           sq_norm[b] = static_cast<A>(rows.x[b] * rows.g[b]);
         }
+        const Tensor xs = dense_x.squeeze(1), gs = dense_g.squeeze(1);
         if (moments) {
-          rank_one_moments(problem, dense_x.squeeze(1), dense_g.squeeze(1), rows, dw, w_m2);
+          dw_sq_norm = rank_one_moments(problem, xs, gs, rows, dw, w_m2);
+        } else if constexpr (std::is_same_v<In, A>) {
+          dw_sq_norm = squared_gradient<A>(xs, gs, dw);
         } else {
           gradient(dense_x, dense_g, dw);
         }
@@ -151,7 +155,8 @@ LinearStats run(const Tensor& x, const Tensor& g, bool weight, bool bias, bool m
 
 }  // namespace
 
-LinearStats linear_stats(const Tensor& x, const Tensor& g, bool weight, bool bias, bool moments) {
+LinearStats linear_stats(const Tensor& x, const Tensor& g, bool weight, bool bias, bool moments,
+                         std::optional<double>* dw_sq_norm) {
   GRADSTATS_CHECK_DIM("linear_stats", x, 3, "(B, T, I)");
   GRADSTATS_CHECK_DIM("linear_stats", g, 3, "(B, T, O)");
   GRADSTATS_CHECK_CPU("linear_stats", x);
@@ -162,13 +167,15 @@ LinearStats linear_stats(const Tensor& x, const Tensor& g, bool weight, bool bia
   TORCH_CHECK(g.size(0) == x.size(0) && g.size(1) == x.size(1),
               "linear_stats: g must have the (B, T) of x, which has shape ", x.sizes(),
               ", got shape ", g.sizes());
+  std::optional<double> unwanted;
+  std::optional<double>& norm = dw_sq_norm == nullptr ? unwanted : *dw_sq_norm;
   switch (x.scalar_type()) {
     case at::kFloat:
-      return run<float>(x, g, weight, bias, moments);
+      return run<float>(x, g, weight, bias, moments, norm);
     case at::kDouble:
-      return run<double>(x, g, weight, bias, moments);
+      return run<double>(x, g, weight, bias, moments, norm);
     default:
-      return run<at::BFloat16>(x, g, weight, bias, moments);
+      return run<at::BFloat16>(x, g, weight, bias, moments, norm);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../ops.h"
+#include "grad_norms.h"
 
 namespace gradstats::cpu {
 namespace {
@@ -23,24 +24,32 @@ bool is_plain(const Tensor& t) {
 
 std::optional<StepSums> step_sums(const Tensor& rows, const std::vector<Tensor>& params,
                                   const std::vector<int64_t>& sizes, double square,
-                                  double grad_square) {
+                                  double grad_square, const GradNorms* known) {
   const auto count = static_cast<int64_t>(params.size());
   const bool floating = rows.scalar_type() == at::kFloat || rows.scalar_type() == at::kDouble;
   if (!rows.is_cpu() || !floating || rows.dim() != 2 || rows.size(0) != count || count == 0 ||
       sizes.size() != params.size()) {
     return std::nullopt;
   }
-  std::vector<Tensor> grads;
-  grads.reserve(count);
+  std::vector<double> norm(count);
+  std::vector<Tensor> unread;
+  std::vector<int64_t> places;  // of those
   for (int64_t p = 0; p < count; ++p) {
     const Tensor& grad = params[p].grad();
     if (!params[p].requires_grad() || params[p].numel() != sizes[p] || !grad.defined() ||
         !is_plain(grad)) {
       return std::nullopt;
     }
-    grads.push_back(grad);
+    const auto found = known == nullptr ? std::nullopt : known->of(p, grad);
+    if (found.has_value()) {
+      norm[p] = *found;
+    } else {
+      unread.push_back(grad);
+      places.push_back(p);
+    }
   }
-  const Tensor norms = multi_sq_norm(grads).to(rows.scalar_type());
+  const Tensor read = multi_sq_norm(unread).to(at::kDouble);
+  for (size_t i = 0; i < places.size(); ++i) norm[places[i]] = read.const_data_ptr<double>()[i];
   const int64_t samples = rows.size(1) - 1;
   Tensor sq_norm = at::empty({count, samples}, rows.options());
   Tensor ok = at::empty({count}, rows.options().dtype(at::kBool));
@@ -56,7 +65,6 @@ std::optional<StepSums> step_sums(const Tensor& rows, const std::vector<Tensor>&
       measured[p] = in[p * row + samples * column] == 1;
       any = any || measured[p];
     }
-    const auto* const norm = norms.const_data_ptr<scalar_t>();
     auto* const scaled = sq_norm.mutable_data_ptr<scalar_t>();
     auto* const scaled_grads = grad_sq.mutable_data_ptr<scalar_t>();
     std::vector<double> each(samples, 0.0);
