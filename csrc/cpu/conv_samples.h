@@ -52,17 +52,19 @@ class WeightGradient {
 
   // Units [first, last) of samples [begin, end); sums start from zero in sum_ and m2_.
   void run(int64_t begin, int64_t end, int64_t first, int64_t last) {
-    std::vector<T> xs(chunk_ * plan_.padded_size), gs(chunk_ * plan_.positions * plan_.lanes);
-    std::vector<T> grad(plan_.panel_size());
+    std::vector<T> of_xs, of_gs, of_grad;
+    T* const xs = at_line(of_xs, chunk_ * plan_.padded_size);
+    T* const gs = at_line(of_gs, chunk_ * plan_.positions * plan_.lanes);
+    T* const grad = at_line(of_grad, plan_.panel_size());
     for (int64_t b = begin; b < end; b += chunk_) {
       const int64_t count = std::min(chunk_, end - b);
       for (int64_t unit = first; unit < last; ++unit) {
         const int64_t slice = unit / plan_.panels;
-        if (unit == first || unit % plan_.panels == 0) pack_x(b, count, slice, xs.data());
-        pack_g(b, count, slice, unit % plan_.panels, gs.data());
+        if (unit == first || unit % plan_.panels == 0) pack_x(b, count, slice, xs);
+        pack_g(b, count, slice, unit % plan_.panels, gs);
         const int64_t at = unit * plan_.panel_size();
-        panel(xs.data(), gs.data(), grad.data(), b - begin, count, sum_ + at,
-              m2_ == nullptr ? nullptr : m2_ + at, sq_ + b);
+        panel(xs, gs, grad, b - begin, count, sum_ + at, m2_ == nullptr ? nullptr : m2_ + at,
+              sq_ + b);
       }
     }
   }

@@ -106,8 +106,7 @@ class LayerNorm {
 
   // Rows [begin, end) of sample b: the sums go to sums (dw (D), db (D)), whatever was there before.
   void run(int64_t b, int64_t begin, int64_t end, T* sums, std::vector<T>& scratch) const {
-    scratch.resize((2 + 3 * kRows) * d_);
-    T *block = scratch.data(), *wide = block + 2 * d_;
+    T *block = at_line(scratch, (2 + 3 * kRows) * d_), *wide = block + 2 * d_;
     const bool one = end - begin <= kBlock;
     std::fill_n(sums, 2 * d_, T(0));
     for (int64_t t = begin; t < end; t += kBlock) {
@@ -192,15 +191,16 @@ NormStats run(const Tensor& g, const Tensor& x, const Tensor& mean, const Tensor
     });
   }
   for_each_part(batch, [&](int64_t p, int64_t begin, int64_t end) {
-    std::vector<T> scratch, own(slab.defined() ? 0 : 2 * d);
+    std::vector<T> scratch, own;
     for (int64_t i = begin; i < end; ++i) {
-      T* sums = own.data();
+      T* sums = nullptr;
       if (slab.defined()) {
         sums = slab.data_ptr<T>() + i * shares * 2 * d;
         for (int64_t s = 1; s < shares; ++s) {
           for (int64_t k = 0; k < 2 * d; ++k) sums[k] += sums[s * 2 * d + k];
         }
       } else {
+        sums = at_line(own, 2 * d);
         norm.run(i, 0, length, sums, scratch);
       }
       w.add(p, i, sums);

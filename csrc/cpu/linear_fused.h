@@ -13,6 +13,7 @@
 
 #include "linear_pack.h"
 #include "linear_tile.h"
+#include "scratch.h"
 
 namespace gradstats::cpu::linear {
 
@@ -84,7 +85,7 @@ class Pass {
 
   // What a thread has packed of a group, and where it keeps sums that cannot be kept in dw.
   struct Scratch {
-    std::vector<A> g, x, sums;
+    A *g, *x, *sums;
     int64_t ld;
   };
 
@@ -102,17 +103,16 @@ class Pass {
   }
 
   void run(const Block& block) {
-    static thread_local Scratch scratch;  // kept from call to call
+    static thread_local std::vector<A> of_g, of_x, of_sums;  // kept from call to call
     const int64_t height = grid_.row(block.end) - grid_.row(block.begin);
     const int64_t count = groups_[0].rows();  // the first group is the largest
-    grow(scratch.g, count * height);
-    grow(scratch.x, count * kWidth);
-    scratch.ld = (block.last - block.first) * kWidth;
-    if (!in_place()) grow(scratch.sums, height * scratch.ld);
+    const int64_t ld = (block.last - block.first) * kWidth;
+    const Scratch scratch{at_line(of_g, count * height), at_line(of_x, count * kWidth),
+                          in_place() ? nullptr : at_line(of_sums, height * ld), ld};
     for (const Group& group : groups_) {
-      pack_tiles<kPack>(p_, grid_, group, block.begin, block.end, scratch.g.data());
+      pack_tiles<kPack>(p_, grid_, group, block.begin, block.end, scratch.g);
       for (int64_t panel = block.first; panel < block.last; ++panel) {
-        pack_columns<kPack>(p_, group, panel, scratch.x.data());
+        pack_columns<kPack>(p_, group, panel, scratch.x);
         const int64_t tiles = block.end - block.begin, ahead = group.rows();
         for (int64_t k = 0; k < tiles; ++k) {
           if (panel + 1 < block.last) {
@@ -126,22 +126,19 @@ class Pass {
     }
   }
 
-  static void grow(std::vector<A>& v, int64_t size) {
-    if (static_cast<int64_t>(v.size()) < size) v.resize(size);
-  }
-
   // Whether the groups before the last leave their sums in dw itself.
   bool in_place() const { return std::is_same_v<In, A> && p_.dw != nullptr; }
 
   template <int rows>
-  void one(const Group& group, Scratch& scratch, const Block& block, int64_t tile, int64_t panel) {
+  void one(const Group& group, const Scratch& scratch, const Block& block, int64_t tile,
+           int64_t panel) {
     const int64_t row = grid_.row(tile), column = panel * kWidth, offset = row * p_.ld + column;
     const int64_t height = std::min<int64_t>(rows, p_.out - row);
     const int64_t width = std::min(kWidth, p_.in - column);
     const int64_t down = row - grid_.row(block.begin);
     const Place<In> dw{p_.dw + offset, p_.ld, height, width};
     const int64_t kept = down * scratch.ld + (panel - block.first) * kWidth;
-    Place<A> so_far{scratch.sums.data() + kept, scratch.ld, height, width};
+    Place<A> so_far{scratch.sums + kept, scratch.ld, height, width};
     if constexpr (std::is_same_v<In, A>) {
       if (in_place()) so_far = dw;
     }
@@ -156,9 +153,9 @@ class Pass {
     }
     const int64_t per_sample = words(kPack, group.positions);
     const int64_t unit = grid_.chunk(panel) * grid_.tiles + tile;
-    add_samples<kPairs<In>, kMoments, rows>(
-        scratch.g.data() + group.samples * per_sample * down, scratch.x.data(), per_sample,
-        group.samples, group.seen, sum, m2, partial_.data() + unit * p_.samples + group.seen);
+    add_samples<kPairs<In>, kMoments, rows>(scratch.g + group.samples * per_sample * down,
+                                            scratch.x, per_sample, group.samples, group.seen, sum,
+                                            m2, partial_.data() + unit * p_.samples + group.seen);
     if (group.begin + group.rows() < p_.samples * p_.positions) {
       so_far.store(sum);
     } else if (p_.dw != nullptr) {

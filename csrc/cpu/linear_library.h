@@ -1,6 +1,6 @@
 // Weight and bias gradient of a linear layer with per-sample statistics, from the library's
-// products: a sample's contribution to a block of the gradient is left in the cache, where one pass
-// squares it and adds it to the sum.
+// products: two samples' contributions to a block of the gradient are left in the cache, where one
+// pass squares them and adds them to the sum.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "linear_bias.h"
+#include "scratch.h"
 #include "sum_squares.h"
 
 namespace gradstats::cpu::linear {
@@ -47,6 +48,9 @@ template <typename A, bool kMoments>
 class Blocks {
   using Vec = at::vec::Vectorized<A>;
   static constexpr int64_t kLanes = Vec::size();
+  // Samples that one pass takes: their sum is read and written once for all of them. The sum, M2
+  // and two contributions still fit into the L2; a third gains nothing.
+  static constexpr int64_t kTogether = 2;
 
  public:
   // x (B, T, I), g (B, T, O), weight (O, I); bias (O,), its sum null if not wanted.
@@ -77,32 +81,45 @@ class Blocks {
     const int64_t row = out_ * i / cut_.down, rows = out_ * (i + 1) / cut_.down - row;
     const int64_t column = in_ * j / cut_.across;
     const int64_t columns = in_ * (j + 1) / cut_.across - column;
-    if (static_cast<int64_t>(scratch.size()) < rows * columns) scratch.resize(rows * columns);
+    A* const contributions = at_line(scratch, kTogether * rows * columns);
     A* sums = weight_.sum + row * in_ + column;
     A* m2 = kMoments ? weight_.m2 + row * in_ + column : nullptr;
     const at::Tensor x = x_.select(0, 0).narrow(1, column, columns);
     const at::Tensor g = g_.select(0, 0).narrow(1, row, rows).t();
     at::Tensor first = at::from_blob(sums, {rows, columns}, {in_, 1}, x.options());
-    at::Tensor later = at::from_blob(scratch.data(), {rows, columns}, x.options());
+    const at::Tensor kept = at::from_blob(contributions, {kTogether, rows, columns}, x.options());
+    at::Tensor later = kept.select(0, 0);
     const bool with_bias = j == 0 && bias_.sum != nullptr;
     Columns<A> biases(with_bias ? rows : 0, kMoments);
-    for (int64_t b = 0; b < samples_; ++b) {
+    double* const norms = weight_norms_.data() + (i * cut_.across + j) * samples_;
+    const auto product = [&](int64_t b, at::Tensor& to) {
       move(x, x_, column, b);
       move(g, g_, row, b);
-      at::cpu::mm_out(b == 0 ? first : later, g, x);
-      double squares = 0;
-      for (int64_t r = 0; r < rows; ++r) {
-        if (b == 0) {
-          squares += sum_squares(sums + r * in_, columns);
-          if constexpr (kMoments) std::fill_n(m2 + r * in_, columns, A(0));
-        } else {
-          A* second = kMoments ? m2 + r * in_ : nullptr;
-          squares += add(scratch.data() + r * columns, sums + r * in_, second, columns, b);
-        }
-      }
-      weight_norms_[(i * cut_.across + j) * samples_ + b] = squares;
+      at::cpu::mm_out(to, g, x);
       if (with_bias) {  // while the product has g in the cache
         bias_norms_[i * samples_ + b] = biases.add(g.const_data_ptr<A>(), g.stride(1), g.size(1));
+      }
+    };
+    product(0, first);
+    for (int64_t r = 0; r < rows; ++r) {
+      norms[0] += sum_squares(sums + r * in_, columns);
+      if constexpr (kMoments) std::fill_n(m2 + r * in_, columns, A(0));
+    }
+    for (int64_t b = 1; b < samples_; b += kTogether) {
+      const int64_t count = std::min(kTogether, samples_ - b);
+      for (int64_t k = 0; k < count; ++k) {
+        later.unsafeGetTensorImpl()->set_storage_offset(k * rows * columns);
+        product(b + k, later);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const A* c = contributions + r * columns;
+        A* const sum = sums + r * in_;
+        A* const second = kMoments ? m2 + r * in_ : nullptr;
+        if (count == kTogether) {
+          add<kTogether>(c, rows * columns, sum, second, columns, b, norms);
+        } else {
+          add<1>(c, rows * columns, sum, second, columns, b, norms);
+        }
       }
     }
     if (with_bias) biases.write(bias_.sum + row, kMoments ? bias_.m2 + row : nullptr);
@@ -115,29 +132,38 @@ class Blocks {
     view.unsafeGetTensorImpl()->set_storage_offset(offset);
   }
 
-  // One row of sample b's contribution: its squared norm; the row is added to the sum of those
-  // before it, M2 grows by d^2 b/(b+1), with d its distance from their mean (Welford 1962).
-  static double add(const A* c, A* sum, A* m2, int64_t count, int64_t b) {
-    const double n = static_cast<double>(b);
-    const Vec inverse(static_cast<A>(1 / n)), weight(static_cast<A>(n / (n + 1)));
-    Vec square[2] = {Vec(0), Vec(0)};
-    int64_t k = 0;
-    auto step = [&](Vec& square, int size) {
-      const Vec v = Vec::loadu(c + k, size), before = Vec::loadu(sum + k, size);
-      square = at::vec::fmadd(v, v, square);
-      (before + v).store(sum + k, size);
-      if constexpr (kMoments) {
-        const Vec d = v - before * inverse;
-        at::vec::fmadd(d * weight, d, Vec::loadu(m2 + k, size)).store(m2 + k, size);
-      }
-      k += size;
-    };
-    while (k + 2 * kLanes <= count) {
-      step(square[0], kLanes);
-      step(square[1], kLanes);
+  // A row of the contributions of samples b, b + 1, .., which lie `apart`: adds their squares to
+  // `norms` and them, one after the other, to the sum of those before. For each, M2 grows by
+  // d^2 n/(n+1), with d its distance from the mean of the n before it (Welford 1962).
+  template <int64_t kCount>
+  static void add(const A* c, int64_t apart, A* sum, A* m2, int64_t count, int64_t b,
+                  double* norms) {
+    Vec inverse[kCount], weight[kCount], square[kCount];
+    for (int j = 0; j < kCount; ++j) {
+      const double n = static_cast<double>(b + j);
+      inverse[j] = Vec(static_cast<A>(1 / n));
+      weight[j] = Vec(static_cast<A>(n / (n + 1)));
+      square[j] = Vec(0);
     }
-    while (k < count) step(square[0], static_cast<int>(std::min(kLanes, count - k)));
-    return lanes_sum(square[0] + square[1]);
+    auto step = [&](int64_t k, int size) C10_ALWAYS_INLINE_ATTRIBUTE {
+      Vec total = Vec::loadu(sum + k, size), spread(0);
+      if constexpr (kMoments) spread = Vec::loadu(m2 + k, size);
+      c10::ForcedUnroll<kCount>{}([&](auto j) C10_ALWAYS_INLINE_ATTRIBUTE {
+        const Vec v = Vec::loadu(c + j * apart + k, size);
+        square[j] = at::vec::fmadd(v, v, square[j]);
+        if constexpr (kMoments) {
+          const Vec d = v - total * inverse[j];
+          spread = at::vec::fmadd(d * weight[j], d, spread);
+        }
+        total = total + v;
+      });
+      total.store(sum + k, size);
+      if constexpr (kMoments) spread.store(m2 + k, size);
+    };
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) step(k, kLanes);
+    if (k < count) step(k, static_cast<int>(count - k));
+    for (int j = 0; j < kCount; ++j) norms[b + j] += lanes_sum(square[j]);
   }
 
   // Over blocks, in fixed order.

@@ -12,6 +12,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "scratch.h"
+
 namespace gradstats::cpu {
 
 // The type statistics of `Scalar` inputs are computed in.
