@@ -57,26 +57,28 @@ class Lookup {
         sample_stride_(g.stride(0)),
         position_stride_(g.stride(1)) {}
 
-  // Writes dw and m2 of row v, and each sample's squared norm at the place in `order` of its first
-  // lookup.
+  // Writes dw and m2 of row v, zeros where nobody looked it up, and each sample's squared norm at
+  // the place in `order` of its first lookup. Cleared here, a row is still in the cache when the
+  // first sample is added: the table is written once, however many of its rows are looked up.
   void row(int64_t v, std::vector<T>& scratch) const {
     const int64_t begin = by_row_.starts[v], end = by_row_.starts[v + 1];
+    T* const m2 = m2_ == nullptr ? nullptr : m2_ + v * d_;
+    std::fill_n(dw_ + v * d_, d_, Scalar(0));
+    if (m2 != nullptr) std::fill_n(m2, d_, T(0));
     if (begin == end) return;
     constexpr bool kSame = std::is_same_v<Scalar, T>;
-    scratch.resize(4 * d_);
-    T* sum = scratch.data() + 3 * d_;
+    T *const own = at_line(scratch, 4 * d_), *sum = own + 3 * d_;
     if constexpr (kSame) {
       sum = dw_ + v * d_;
     } else {
       std::fill_n(sum, d_, T(0));
     }
-    T* m2 = m2_ == nullptr ? nullptr : m2_ + v * d_;
     int64_t seen = 0;
     for (int64_t k = begin; k < end; ++seen) {
       const int64_t sample = by_row_.order[k] / length_;
       int64_t last = k + 1;
       while (last < end && by_row_.order[last] / length_ == sample) ++last;
-      sq_[k] = absorb(contribution(k, last, scratch.data()), d_, seen, sum, m2);
+      sq_[k] = absorb(contribution(k, last, own), d_, seen, sum, m2);
       k = last;
     }
     if constexpr (!kSame) at::vec::convert(sum, dw_ + v * d_, d_);
@@ -126,20 +128,30 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& ids, const Tensor& g, int64
   const int64_t batch = g.size(0), d = g.size(2);
   const ByRow by_row(ids, rows, padding_idx);
   const auto n = static_cast<int64_t>(by_row.order.size());
-  const Tensor dw = at::zeros({rows, d}, g.options());
-  const Tensor m2 = at::zeros({moments ? rows : 0, d}, wide);
+  const Tensor dw = at::empty({rows, d}, g.options());
+  const Tensor m2 = at::empty({moments ? rows : 0, d}, wide);
   const Tensor sq = at::zeros({n}, g.options().dtype(at::kDouble));
   const Lookup<Scalar> lookup(by_row, g, dw, m2, sq);
-  // Threads get about the same number of lookups each, in whole rows.
-  const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(8 * at::get_num_threads(), n));
+  // Threads get about the same number of lookups and of rows to write, in whole rows.
+  const int64_t work = n + rows;
+  const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(8 * at::get_num_threads(), work));
   const auto first_row = [&](int64_t share) {
-    return std::lower_bound(by_row.starts.begin(), by_row.starts.end(), split(n, shares, share)) -
-           by_row.starts.begin();
+    int64_t low = 0, high = rows;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (by_row.starts[middle] + middle < split(work, shares, share)) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
   };
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     std::vector<Wide<Scalar>> scratch;
-    const int64_t last = end == shares ? rows : first_row(end);
-    for (int64_t v = begin == 0 ? 0 : first_row(begin); v < last; ++v) lookup.row(v, scratch);
+    for (int64_t v = first_row(begin), last = first_row(end); v < last; ++v) {
+      lookup.row(v, scratch);
+    }
   });
   // In the fixed order of `order`, whatever the threads were.
   std::vector<double> sq_norm(batch);
