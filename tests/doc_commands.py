@@ -43,7 +43,7 @@ SMALLER = {
     "torchrun --nproc-per-node 2 examples/fsdp.py": "--steps 10",
     "python bench/step_overhead.py": "--tiny --rounds 1 --turn-seconds 0 --models mlp",
     "python bench/peak_memory.py": "--tiny --models mlp --no-fallback",
-    "python bench/growth.py": "--ops layer_norm --rounds 1 --turn-seconds 0 --json growth.json",
+    "python bench/growth.py": "--ops layer_norm --cached --rounds 1 --turn-seconds 0 --json growth.json",
     "python bench/conformance.py": "--no-peers --only conv2d packed",
 }
 

@@ -31,8 +31,8 @@ def test_step_overhead(tmp_path: Path) -> None:
 
 def test_growth(tmp_path: Path) -> None:
     out = tmp_path / "growth.json"
-    args = ["--ops", "layer_norm", "--rounds", "1", "--turn-seconds", "0", "--json", str(out)]
-    _run("growth.py", *args)
+    args = ["--ops", "layer_norm", "--cached", "--rounds", "1", "--turn-seconds", "0"]
+    _run("growth.py", *args, "--json", str(out))
     curves = json.loads(out.read_text())["curves"]
     assert {(c["kind"], c["axis"]) for c in curves} == {
         (kind, axis) for kind in ("torch", "norms", "norms+moments") for axis in "BT"

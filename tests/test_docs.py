@@ -215,6 +215,33 @@ def test_costs_are_those_in_the_results() -> None:
         assert row in (DOCS / "costs.md").read_text("utf-8")
 
 
+def test_growth_is_as_in_the_results() -> None:
+    found: dict[str, list[str]] = {}
+    curves = results_of("growth_cpu.json")["curves"]
+    for axis in "BT":
+        for curve in curves:
+            if curve["axis"] == axis:
+                found.setdefault(curve["op"], []).append(f"{curve['line']['farthest']:.0%}")
+    notes = (ROOT / "bench" / "NOTES.md").read_text("utf-8")
+    rows = notes.split("### Growth\n")[1].split("\n## ")[0]
+    for row in found.values():
+        assert f"| {' | '.join(row)} |" in rows
+    page = " ".join((DOCS / "costs.md").read_text("utf-8").split())
+
+    def farthest(ops: tuple[str, ...], ours: bool) -> str:
+        off = [
+            curve["line"]["farthest"]
+            for curve in curves
+            if curve["op"] in ops and (curve["kind"] != "torch") == ours
+        ]
+        return f"{max(off):.0%}"
+
+    products, memory = ("linear", "conv"), ("layer_norm", "embedding")
+    assert f"lie within {farthest(products, True)} of a line" in page
+    assert f"within {farthest(memory, True)} (torch's own" in page
+    assert f"gradients of these {farthest(memory, False)})" in page
+
+
 def test_the_counts_of_situations_are_those_in_the_results() -> None:
     situations = results_of("conformance.json")["situations"].values()
     columns = ("gradstats", "opacus hooks", "opacus ghost", "BackPACK", "torch.func")
