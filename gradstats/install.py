@@ -27,7 +27,7 @@ def _entered_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     # A copy of an attached model, one that was pickled, or a step that is left out.
     if interposer is None or not (interposer.enabled or interposer.recorder):
         return original(*args, **kwargs)
-    if shortcut is not None and _is_plain_call(args, kwargs):
+    if shortcut is not None and len(args) == 1 and not kwargs and not is_dynamo_compiling():
         out = shortcut(self, original, *args)
         if out is not NotImplemented:
             return out
@@ -37,15 +37,12 @@ def _entered_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _bare_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Of a module that the interposer need not know of."""
     interposer, _, original, shortcut = self.__dict__[ENTRY]
-    if interposer is not None and interposer.enabled and _is_plain_call(args, kwargs):
+    plain = interposer is not None and interposer.enabled and len(args) == 1 and not kwargs
+    if plain and not is_dynamo_compiling():
         out = shortcut(self, original, *args)
         if out is not NotImplemented:
             return out
     return original(*args, **kwargs)
-
-
-def _is_plain_call(args: Any, kwargs: Any) -> bool:
-    return len(args) == 1 and not kwargs and not is_dynamo_compiling()
 
 
 for _forward in (_entered_forward, _bare_forward):

@@ -96,21 +96,23 @@ class Order:
                 f"between two backwards (seen at parameter {name!r}), so what was measured is not "
                 f"what the gradients hold. {_STEP}; attach(every=k) measures one step out of k."
             )
-        now = self._look()
-        if seen is None or seen.grad is None or seen.param is not now.param:
+        owner, key = self._place
+        param = owner[key]
+        if seen is None or seen.grad is None or seen.param is not param:
             return
-        same = now.grad is seen.grad and now.grad_version == seen.grad_version
+        grad = param.grad
+        same = grad is seen.grad and grad._version == seen.grad_version
         if (same and seen.value is None) or _distributed():
             return
-        if now.grad is not seen.grad:
-            raise self._late("cleared" if now.grad is None else "replaced")
-        if now.grad_version != seen.grad_version:
+        if grad is not seen.grad:
+            raise self._late("cleared" if grad is None else "replaced")
+        if grad._version != seen.grad_version:
             raise self._late("changed in place")
         if seen.value is not None:
             self._doubts.append(
-                (now.grad.detach() != seen.value).logical_and(seen.value == seen.value).any()
+                (grad.detach() != seen.value).logical_and(seen.value == seen.value).any()
             )
-            if now.grad.device.type == "cpu":  # where that costs nothing
+            if grad.device.type == "cpu":  # where that costs nothing
                 self.require_unchanged()
 
     def require_unchanged(self) -> None:

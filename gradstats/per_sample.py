@@ -83,10 +83,9 @@ class PerSample(Source):
             self._give_up(params)
             raise
         summed, per_layer = self._options.summed, self._options.per_layer
-        batches = [g.batch for g in groups]
         joined = None
         if self.ranks is None:
-            m2 = self._moments.take(batches, None) if self._moments else {}
+            m2 = self._moments.take([g.batch for g in groups], None) if self._moments else {}
             if not reasons and scale is None:
                 known = names, self._sizes, params
                 shortcuts = interposer.shortcuts
@@ -98,7 +97,7 @@ class PerSample(Source):
             absent = self.ranks.absent(params)
             local = record.gather(names, params, groups, reasons, absent)
             joined = self.ranks.join(params, local)
-            m2 = self._moments.take(batches, joined) if self._moments else {}
+            m2 = self._moments.take([g.batch for g in groups], joined) if self._moments else {}
             error = self.ranks.finish(joined) if joined is not None else None
             if error is not None:
                 raise error

@@ -13,9 +13,11 @@ using torch::autograd::variable_list;
 // (B, T, features) of any rank.
 Tensor three(const Tensor& t) { return t.dim() == 2 ? t.unsqueeze(1) : t.flatten(1, -2); }
 
+// What a node remembers beside its tensors, in one place: each name is looked up in the backward.
 struct Deliveries : torch::CustomClassHolder {
   RowOf weight, bias;
   Keeping keeping;
+  int64_t given = 0;
   Deliveries(RowOf w, RowOf b, Keeping k)
       : weight(std::move(w)), bias(std::move(b)), keeping(std::move(k)) {}
 };
@@ -27,8 +29,8 @@ struct Linear : torch::autograd::Function<Linear> {
                         const std::optional<Tensor>& m2_b,
                         const c10::intrusive_ptr<Deliveries>& deliveries) {
     ctx->save_for_backward({x, *weight});
+    deliveries->given = Given::pack({&weight, &bias, &row_w, &m2_w, &row_b, &m2_b});
     ctx->saved_data["deliveries"] = c10::IValue::make_capsule(deliveries);
-    ctx->saved_data["given"] = Given::pack({&weight, &bias, &row_w, &m2_w, &row_b, &m2_b});
     const at::AutoDispatchBelowADInplaceOrView below;  // a result in place of a view of one
     return at::linear(x, *weight, bias);
   }
@@ -44,7 +46,9 @@ struct Linear : torch::autograd::Function<Linear> {
 
  private:
   static variable_list gradients(AutogradContext* ctx, const Tensor& g) {
-    const Given given(*ctx, ctx->saved_data["given"].toInt());
+    const auto to = ctx->saved_data["deliveries"].toCapsule();
+    const auto& rows = static_cast<const Deliveries&>(*to);
+    const Given given(*ctx, rows.given);
     const auto wants = [&](Input i) { return given.wants(i); };
     variable_list results(kInputs + 1);  // and nothing for what is no tensor
     const variable_list saved = ctx->get_saved_variables();
@@ -58,8 +62,6 @@ struct Linear : torch::autograd::Function<Linear> {
     auto [dw, db, w_sq, b_sq, w_m2, b_m2] =
         route().here ? linear_stats(xs, gs, of_weight, of_bias, moments, &dw_sq_norm)
                      : route().linear(xs, gs, of_weight, of_bias, moments);
-    const auto to = ctx->saved_data["deliveries"].toCapsule();
-    const auto& rows = static_cast<const Deliveries&>(*to);
     const auto use = reinterpret_cast<intptr_t>(ctx);
     if (of_weight) {
       results[kWeight] = dw;

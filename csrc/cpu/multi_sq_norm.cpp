@@ -1,4 +1,6 @@
 // Squared norm of every tensor of a list in one parallel pass.
+#include "multi_sq_norm.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/ceil_div.h>
@@ -36,12 +38,11 @@ double piece_sum(const Tensor& t, int64_t begin, int64_t count) {
 
 }  // namespace
 
-Tensor multi_sq_norm(const std::vector<Tensor>& tensors) {
+std::vector<double> sq_norms(const std::vector<Tensor>& tensors) {
   const auto n = static_cast<int64_t>(tensors.size());
   std::vector<Tensor> dense(n);
   std::vector<Piece> pieces;
   std::vector<int64_t> firsts{0};  // of each tensor's pieces
-  bool wide = n > 0;
   for (int64_t i = 0; i < n; ++i) {
     const Tensor& t = tensors[i];
     const auto kind = t.scalar_type();
@@ -51,7 +52,6 @@ Tensor multi_sq_norm(const std::vector<Tensor>& tensors) {
         kind == at::kFloat || kind == at::kDouble || kind == at::kBFloat16 || kind == at::kHalf,
         "multi_sq_norm: tensors[", i, "] must be float32, float64, bfloat16 or float16, got ",
         kind);
-    wide = wide && kind == at::kDouble;
     // The order of the elements does not matter: any layout without gaps is read as it lies.
     dense[i] = t.is_non_overlapping_and_dense() ? t : t.contiguous();
     for (int64_t begin = 0; begin < t.numel(); begin += kPiece) {
@@ -82,13 +82,21 @@ Tensor multi_sq_norm(const std::vector<Tensor>& tensors) {
 
   std::vector<double> total(n, 0.0);
   for (int64_t k = 0; k < count; ++k) total[pieces[k].tensor] += partial[k];
+  return total;
+}
+
+Tensor multi_sq_norm(const std::vector<Tensor>& tensors) {
+  const std::vector<double> norms = sq_norms(tensors);
+  const bool wide = !tensors.empty() && std::all_of(tensors.begin(), tensors.end(), [](auto& t) {
+    return t.scalar_type() == at::kDouble;
+  });
+  const auto n = static_cast<int64_t>(norms.size());
   Tensor out = at::empty({n}, at::TensorOptions().dtype(wide ? at::kDouble : at::kFloat));
-  for (int64_t i = 0; i < n; ++i) {
-    if (wide) {
-      out.data_ptr<double>()[i] = total[i];
-    } else {
-      out.data_ptr<float>()[i] = static_cast<float>(total[i]);
-    }
+  if (wide) {
+    std::copy(norms.begin(), norms.end(), out.mutable_data_ptr<double>());
+  } else {
+    std::transform(norms.begin(), norms.end(), out.mutable_data_ptr<float>(),
+                   [](double norm) { return static_cast<float>(norm); });
   }
   return out;
 }

@@ -9,6 +9,7 @@
 
 #include "../ops.h"
 #include "grad_norms.h"
+#include "multi_sq_norm.h"
 
 namespace gradstats::cpu {
 namespace {
@@ -48,8 +49,8 @@ std::optional<StepSums> step_sums(const Tensor& rows, const std::vector<Tensor>&
       places.push_back(p);
     }
   }
-  const Tensor read = multi_sq_norm(unread).to(at::kDouble);
-  for (size_t i = 0; i < places.size(); ++i) norm[places[i]] = read.const_data_ptr<double>()[i];
+  const std::vector<double> read = sq_norms(unread);
+  for (size_t i = 0; i < places.size(); ++i) norm[places[i]] = read[i];
   const int64_t samples = rows.size(1) - 1;
   Tensor sq_norm = at::empty({count, samples}, rows.options());
   Tensor ok = at::empty({count}, rows.options().dtype(at::kBool));
