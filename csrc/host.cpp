@@ -115,6 +115,9 @@ PYBIND11_MODULE(_C, m) {
       of_python<LinearStats, const Tensor&, const Tensor&, bool, bool, bool>("linear_stats");
   cpu::route().layer_norm = of_python<NormStats, const Tensor&, const Tensor&, Scale, const Tensor&,
                                       Scale, bool, bool, bool, bool>("layer_norm_stats");
+  cpu::route().group_norm =
+      of_python<NormStats, const Tensor&, const Tensor&, const Tensor&, const Tensor&, Scale, bool,
+                bool, bool, bool>("group_norm_stats");
   bind_shortcuts(m);
   m.def("compute_here", [](bool yes) { cpu::route().here = yes; }, py::arg("yes"));
   m.def("layer_norm_stats", &cpu::layer_norm_stats, py::arg("g"), py::arg("x"), py::arg("mean"),

@@ -31,12 +31,13 @@ struct Names {
            *suspended = interned("suspended"), *recorder = interned("recorder"),
            *groups = interned("groups"), *weight = interned("weight"), *bias = interned("bias"),
            *normalized_shape = interned("normalized_shape"), *eps = interned("eps"),
-           *parameters = interned("_parameters"), *fsdp_state = interned("_get_fsdp_state"),
-           *enabled = interned("enabled"), *counted = interned("counted"),
-           *settled = interned("settled"), *fallbacks = interned("fallbacks"),
-           *passes = interned("_passes"), *ledger = interned("ledger"),
-           *between = interned("between"), *stack = interned("stack"), *batch = interned("batch"),
-           *uses = interned("uses"), *inputs = interned("inputs"), *square = interned("square");
+           *num_groups = interned("num_groups"), *parameters = interned("_parameters"),
+           *fsdp_state = interned("_get_fsdp_state"), *enabled = interned("enabled"),
+           *counted = interned("counted"), *settled = interned("settled"),
+           *fallbacks = interned("fallbacks"), *passes = interned("_passes"),
+           *ledger = interned("ledger"), *between = interned("between"), *stack = interned("stack"),
+           *batch = interned("batch"), *uses = interned("uses"), *inputs = interned("inputs"),
+           *square = interned("square");
 };
 
 inline const Names& names() {

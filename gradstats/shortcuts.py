@@ -2,7 +2,7 @@
 
 After a matrix product, Python's own code and data are no longer in the caches, and the interposer's steps
 take ten times what they take alone. So the extension does, where nothing about the call is special, an
-`nn.Linear` or `nn.LayerNorm` inside a pass, a module without parameters that is one function, and the entry
+`nn.Linear`, `nn.LayerNorm` or `nn.GroupNorm` inside a pass, a module without parameters that is one function, and the entry
 into any other: with a plain tensor that holds the samples in front and parameters that were not used before
 in the pass, no mode and no transform of anybody else, no autocast, nobody who observes operations. It checks
 all of that at every call, and says NotImplemented where it is not so; the interposer then does what it always
@@ -21,7 +21,12 @@ from gradstats import backends, ops, tracing
 from gradstats.layout import NeedsLayout
 from gradstats.probes import Frame, Mark, Pass, UseOf
 
-_FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm)}
+# The plain layers, each with its forward and the extension's name of its shortcut.
+_LAYERS: dict[type, tuple[Any, str]] = {
+    nn.Linear: (nn.Linear.forward, "linear"),
+    nn.LayerNorm: (nn.LayerNorm.forward, "layer_norm"),
+    nn.GroupNorm: (nn.GroupNorm.forward, "group_norm"),
+}
 Place = tuple[str, Mark, int]  # a parameter's name, mark and row
 
 
@@ -47,7 +52,8 @@ def of_module(
     if not tracing.HIDES_CONSTRUCTORS:  # which a pass that begins sees to
         around = shortcuts.entry(path)
     kind = type(module)
-    if _FORWARDS.get(kind) is not kind.forward or "forward" in module.__dict__:
+    forward, name = _LAYERS.get(kind, (None, ""))
+    if forward is not kind.forward or "forward" in module.__dict__:
         return around
     places: list[Any] = []
     for key in ("weight", "bias"):
@@ -60,7 +66,5 @@ def of_module(
         places += found
     if places[0] is None:
         return around
-    way: Callable[..., Any] = (shortcuts.linear if kind is nn.Linear else shortcuts.layer_norm)(
-        *places
-    )
-    return way
+    make = getattr(shortcuts, name, None)  # an older build may not have it
+    return around if make is None else make(*places)

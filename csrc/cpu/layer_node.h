@@ -29,6 +29,9 @@ struct Route {
   std::function<NormStats(const Tensor&, const Tensor&, const std::optional<Tensor>&, const Tensor&,
                           const std::optional<Tensor>&, bool, bool, bool, bool)>
       layer_norm;
+  std::function<NormStats(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                          const std::optional<Tensor>&, bool, bool, bool, bool)>
+      group_norm;
 };
 Route& route();
 
@@ -65,10 +68,17 @@ class Given {
     return (i == kX || numbers_[i] > 0) && ctx_.needs_input_grad(numbers_[i]);
   }
 
+  bool moments() const { return wants(kM2OfWeight) || wants(kM2OfBias); }
+
  private:
   const torch::autograd::AutogradContext& ctx_;
   std::array<int64_t, kInputs> numbers_{};
 };
+
+// Puts where they belong, as far as they are wanted: the gradient of the weight or bias, as that is
+// shaped, and what its probe gets.
+void put(torch::autograd::variable_list& results, const Given& given, Input parameter,
+         IntArrayRef shape, const Tensor& grad, const Tensor& sq_norm, const Tensor& m2);
 
 // The results of a backward, from `gradients()`: those of a function that is not differentiated
 // twice, `layer`, which says so where somebody tries.

@@ -54,22 +54,16 @@ struct LayerNormNode : torch::autograd::Function<LayerNormNode> {
     const int64_t positions = batch == 0 ? 1 : x.numel() / (batch * width);
     const auto rows = [&](const Tensor& t) { return t.reshape({batch, positions, width}); };
     const auto one = [&](const Tensor& t) { return t.reshape({batch, positions}); };
-    const bool of_weight = given.wants(kWeight), of_bias = given.wants(kBias);
-    const bool moments = given.wants(kM2OfWeight) || given.wants(kM2OfBias);
     const auto compute = [&](const auto& stats) {
       return stats(rows(g), rows(x), one(saved[2]), one(saved[3]), weight.reshape(-1),
-                   given.wants(kX), of_weight, of_bias, moments);
+                   given.wants(kX), given.wants(kWeight), given.wants(kBias), given.moments());
     };
-    auto [dx, dw, db, w_sq, b_sq, w_m2, b_m2] =
+    const auto [dx, dw, db, w_sq, b_sq, w_m2, b_m2] =
         route().here ? compute(layer_norm_stats) : compute(route().layer_norm);
     variable_list results(kInputs + 2);  // and nothing for what is no tensor
     if (given.wants(kX)) results[kX] = dx.reshape(x.sizes());
-    if (of_weight) results[kWeight] = dw.reshape(weight.sizes());
-    if (of_bias) results[kBias] = db.reshape(weight.sizes());
-    if (given.wants(kRowOfWeight)) results[kRowOfWeight] = row_gradient(w_sq);
-    if (given.wants(kM2OfWeight)) results[kM2OfWeight] = w_m2.reshape(weight.sizes());
-    if (given.wants(kRowOfBias)) results[kRowOfBias] = row_gradient(b_sq);
-    if (given.wants(kM2OfBias)) results[kM2OfBias] = b_m2.reshape(weight.sizes());
+    put(results, given, kWeight, weight.sizes(), dw, w_sq, w_m2);
+    put(results, given, kBias, weight.sizes(), db, b_sq, b_m2);
     return results;
   }
 };
