@@ -118,6 +118,9 @@ PYBIND11_MODULE(_C, m) {
   cpu::route().group_norm =
       of_python<NormStats, const Tensor&, const Tensor&, const Tensor&, const Tensor&, Scale, bool,
                 bool, bool, bool>("group_norm_stats");
+  cpu::route().conv =
+      of_python<LinearStats, const Tensor&, const Tensor&, at::IntArrayRef, at::IntArrayRef,
+                at::IntArrayRef, at::IntArrayRef, int64_t, bool, bool, bool>("conv_stats");
   bind_shortcuts(m);
   m.def("compute_here", [](bool yes) { cpu::route().here = yes; }, py::arg("yes"));
   m.def("layer_norm_stats", &cpu::layer_norm_stats, py::arg("g"), py::arg("x"), py::arg("mean"),

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "conv_shortcut.h"
 #include "cpu/linear_node.h"
 #include "entry_shortcut.h"
 #include "joint_row.h"
@@ -94,6 +95,7 @@ void bind_shortcuts(py::module_& m) {
   bind<LinearShortcut>(m, "LinearShortcut");
   bind<LayerNormShortcut>(m, "LayerNormShortcut");
   bind<GroupNormShortcut>(m, "GroupNormShortcut");
+  bind<ConvShortcut>(m, "ConvShortcut");
   bind<BareShortcut>(m, "BareShortcut");
   bind<EntryShortcut>(m, "EntryShortcut");
   py::class_<Shortcuts, std::shared_ptr<Shortcuts>> shortcuts(m, "Shortcuts");
@@ -117,6 +119,7 @@ void bind_shortcuts(py::module_& m) {
   layer("linear", &made<LinearShortcut>);
   layer("layer_norm", &made<LayerNormShortcut>);
   layer("group_norm", &made<GroupNormShortcut>);
+  layer("conv", &made<ConvShortcut>);
 }
 
 }  // namespace gradstats

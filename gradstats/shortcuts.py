@@ -2,11 +2,11 @@
 
 After a matrix product, Python's own code and data are no longer in the caches, and the interposer's steps
 take ten times what they take alone. So the extension does, where nothing about the call is special, an
-`nn.Linear`, `nn.LayerNorm` or `nn.GroupNorm` inside a pass, a module without parameters that is one function, and the entry
-into any other: with a plain tensor that holds the samples in front and parameters that were not used before
-in the pass, no mode and no transform of anybody else, no autocast, nobody who observes operations. It checks
-all of that at every call, and says NotImplemented where it is not so; the interposer then does what it always
-does.
+`nn.Linear`, `nn.LayerNorm`, `nn.GroupNorm` or `nn.Conv1d` to `nn.Conv3d` inside a pass, a module without
+parameters that is one function, and the entry into any other: with a plain tensor that holds the samples in
+front and parameters that were not used before in the pass, no mode and no transform of anybody else, no
+autocast, nobody who observes operations. It checks all of that at every call, and says NotImplemented where
+it is not so; the interposer then does what it always does.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ from gradstats import backends, ops, tracing
 from gradstats.layout import NeedsLayout
 from gradstats.probes import Frame, Mark, Pass, UseOf
 
-# The plain layers, each with its forward and the extension's name of its shortcut.
-_LAYERS: dict[type, tuple[Any, str]] = {
-    nn.Linear: (nn.Linear.forward, "linear"),
-    nn.LayerNorm: (nn.LayerNorm.forward, "layer_norm"),
-    nn.GroupNorm: (nn.GroupNorm.forward, "group_norm"),
+# The plain layers: the extension's name of their shortcut, and the methods that it takes the place of.
+_LAYERS: dict[type, tuple[str, dict[str, Any]]] = {
+    kind: (name, {method: getattr(kind, method) for method in methods})
+    for kind, name, *methods in (
+        (nn.Linear, "linear", "forward"),
+        (nn.LayerNorm, "layer_norm", "forward"),
+        (nn.GroupNorm, "group_norm", "forward"),
+        (nn.Conv1d, "conv", "forward", "_conv_forward"),
+        (nn.Conv2d, "conv", "forward", "_conv_forward"),
+        (nn.Conv3d, "conv", "forward", "_conv_forward"),
+    )
 }
 Place = tuple[str, Mark, int]  # a parameter's name, mark and row
 
@@ -52,8 +58,10 @@ def of_module(
     if not tracing.HIDES_CONSTRUCTORS:  # which a pass that begins sees to
         around = shortcuts.entry(path)
     kind = type(module)
-    forward, name = _LAYERS.get(kind, (None, ""))
-    if forward is not kind.forward or "forward" in module.__dict__:
+    if kind not in _LAYERS:
+        return around
+    name, methods = _LAYERS[kind]
+    if any(getattr(kind, k) is not f or k in module.__dict__ for k, f in methods.items()):
         return around
     places: list[Any] = []
     for key in ("weight", "bias"):

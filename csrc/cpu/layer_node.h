@@ -32,6 +32,9 @@ struct Route {
   std::function<NormStats(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                           const std::optional<Tensor>&, bool, bool, bool, bool)>
       group_norm;
+  std::function<LinearStats(const Tensor&, const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef,
+                            IntArrayRef, int64_t, bool, bool, bool)>
+      conv;
 };
 Route& route();
 
