@@ -1,17 +1,15 @@
 // What gradstats/interpose.py does when a plain layer runs inside a pass, or a module without
-// parameters, for the case that nothing is special about it. Anything else is left
-// to Python: a shortcut then returns NotImplemented. Python is right and cold in the caches after
-// every matrix product.
+// parameters, for the case that nothing is special about it. Anything else is left to Python: a
+// shortcut then returns NotImplemented. Python is right and cold in the caches after every matrix
+// product.
 #include "shortcuts.h"
 
 #include <ATen/ATen.h>
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <memory>
 #include <optional>
 #include <utility>
-#include <vector>
 
 #include "conv_shortcut.h"
 #include "cpu/linear_node.h"
