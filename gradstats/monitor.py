@@ -27,7 +27,7 @@ from gradstats.norm_layers import NormLayers
 from gradstats.options import Options, at_least
 from gradstats.per_sample import PerSample
 from gradstats.rank_means import RankMeans
-from gradstats.series import Series
+from gradstats.series import Columns, Series
 from gradstats.source import Source
 from gradstats.stats import Coverage, GradStats
 
@@ -58,6 +58,7 @@ class Monitor:
         self._attached = True
         self._steps = 0
         self._series = Series()
+        self._estimate: tuple[Columns, estimators.NoiseScale] | None = None  # of these steps
         self._last_coverage: Coverage | float = 1.0
         self._last_batches: tuple[int | Tensor, ...] = ()  # samples of the last two steps
 
@@ -181,12 +182,15 @@ class Monitor:
         if geometry != "plain":
             return self._followed().noise_scale(geometry)
         series = self._read()
-        noise = estimators.noise_scale(
-            *series,
-            half_life=self._options.half_life,
-            confidence=self._options.confidence,
-            coverage=self._coverage(),
-        )
+        if self._estimate is None or self._estimate[0] is not series:
+            found = estimators.noise_scale(
+                *series,
+                half_life=self._options.half_life,
+                confidence=self._options.confidence,
+                coverage=self._coverage(),
+            )
+            self._estimate = series, found
+        noise = self._estimate[1]
         if self._momentum is not None:
             noise = self._momentum.adjust(noise, series)
         noise = replace(noise, tokens_per_sample=self._options.tokens_per_sample)
@@ -285,7 +289,7 @@ class Monitor:
             **options,
         )
 
-    def _read(self) -> tuple[list[int], list[float], list[float]]:
+    def _read(self) -> Columns:
         if self._series.pending:
             self._source.require_unchanged()
         return self._series.read()

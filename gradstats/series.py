@@ -13,6 +13,8 @@ from gradstats.stats import GradStats, Moments
 
 HISTORY = 10_000
 
+Columns = tuple[list[int], list[float], list[float]]
+
 
 class Series:
     """Per step: samples, tr_sigma and true_grad_sq_norm, of the last `HISTORY` steps."""
@@ -24,6 +26,7 @@ class Series:
             maxlen=HISTORY
         )
         self._read: deque[tuple[int, float, float]] = deque(maxlen=HISTORY)
+        self._columns: Columns | None = None
 
     def add(self, stats: GradStats) -> None:
         """Remember a step, without waiting for the device."""
@@ -33,36 +36,43 @@ class Series:
         else:
             self.pending.append((stats.samples, mean, grad))
 
-    def read(self) -> tuple[list[int], list[float], list[float]]:
-        """Samples, tr_sigma, true_grad_sq_norm of each step. Waits for the device, once."""
+    def read(self) -> Columns:
+        """Samples, tr_sigma, true_grad_sq_norm of each step. Waits for the device.
+
+        The same object until there are other steps.
+        """
         if self.pending:
-            pending = list(self.pending)
+            counts, means, grads = (_numbers(column) for column in zip(*self.pending, strict=True))
             self.pending.clear()
-            waiting: list[Any] = [pair for _, *pair in pending if isinstance(pair[0], Tensor)]
-            stacked = [torch.stack(pair) for pair in waiting]
-            arrived = iter(torch.stack(stacked).double().cpu() if stacked else ())
-            values = [next(arrived) if isinstance(pair[0], Tensor)
-                      else torch.tensor(pair, dtype=torch.float64) for _, *pair in pending]  # fmt: skip
-            counted: Sequence[Any] = [n for n, *_ in pending]
-            if any(isinstance(n, Tensor) for n in counted):  # of all ranks
-                counted = torch.stack([torch.as_tensor(n) for n in counted]).long().tolist()
-            for n, (mean_sq, grad_sq) in zip(counted, values, strict=True):
-                step = Moments(n, 1, mean_sq, grad_sq)
+            for n, mean, grad in zip(map(int, counts), means, grads, strict=True):
+                step = Moments(n, 1, mean, grad)  # type: ignore[arg-type]
                 self._read.append((n, float(step.tr_sigma), float(step.true_grad_sq_norm)))
-        return (
-            [n for n, _, _ in self._read],
-            [t for _, t, _ in self._read],
-            [g for _, _, g in self._read],
-        )
+            self._columns = None
+        if self._columns is None:
+            self._columns = ([n for n, _, _ in self._read], [t for _, t, _ in self._read],
+                             [g for _, _, g in self._read])  # fmt: skip
+        return self._columns
 
     def state_dict(self) -> dict[str, Any]:
         """Its columns, as plain numbers."""
-        counts, tr_sigma, true_grad = self.read()
-        return {"num_samples": counts, "tr_sigma": tr_sigma, "true_grad_sq_norm": true_grad}
+        n, tr_sigma, true_grad = self.read()
+        return {
+            "num_samples": list(n),
+            "tr_sigma": list(tr_sigma),
+            "true_grad_sq_norm": list(true_grad),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`."""
         self.pending.clear()
         self._read.clear()
+        self._columns = None
         columns = (state[key] for key in ("num_samples", "tr_sigma", "true_grad_sq_norm"))
         self._read.extend(zip(*columns, strict=True))
+
+
+def _numbers(column: Sequence[float | Tensor]) -> list[float]:
+    """Of numbers and of 0-d tensors, which are read all at once."""
+    waiting = [value for value in column if isinstance(value, Tensor)]
+    arrived = iter(torch.stack(waiting).tolist() if waiting else ())
+    return [next(arrived) if isinstance(value, Tensor) else value for value in column]

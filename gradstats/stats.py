@@ -23,6 +23,7 @@ step of one sample has no variance: its tr_sigma and what follows from it are Na
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -62,7 +63,7 @@ class Moments:
         spread = self.mean_sq_norm - self.grad_sq_norm
         if isinstance(n, Tensor):
             return spread * torch.where(n > k, n / (n - k), torch.nan).to(spread.dtype)
-        return spread * (n / (n - k)) if n > k else torch.full_like(spread, torch.nan)
+        return spread * (n / (n - k) if n > k else math.nan)
 
     @property
     def true_grad_sq_norm(self) -> Tensor:
