@@ -16,11 +16,8 @@ from torch import nn
 import gradstats
 from gradstats import schedulers
 
-# Which steps are measured, and the memory in such steps: the noise scale moves in these short trainings.
-CADENCES: dict[str, dict[str, Any]] = {
-    "sparse": {"every": "sparse", "half_life": 8.0},
-    "budget": {"every": gradstats.Budget(0.02), "half_life": 5.0},
-}
+# The noise scale moves in these short trainings: a memory of few measured steps.
+MEASURED: dict[str, Any] = {"every": gradstats.Budget(0.02), "half_life": 8.0}
 ADASCALE_HALF_LIFE = 50.0
 EVERY = 10  # steps between decisions
 WORSE = 2.0  # a held-out loss so many times the first is given up
@@ -38,9 +35,9 @@ def clock(race: Race) -> float:
 class Outcome:
     """What it took to reach the target; infinite where it was not reached.
 
-    `seconds` (see `clock`): of the training loop, statistics and decisions included, looks at the held-out
-    loss not. `path`: (samples, batch size) at every change. `noise`: the smoothed noise scale at each
-    decision; `known`: what it is, where that is known.
+    `seconds` (see `clock`): of the training loop, statistics and decisions included, not of drawing samples
+    nor of looks at the held-out loss. `path`: (samples, batch size) at every change. `noise`: the smoothed
+    noise scale at each decision; `known`: what it is, where that is known.
     """
 
     samples: float = math.inf
@@ -85,11 +82,11 @@ class Method:
     adascale: int | None = None  # the base batch of AdaScale
 
 
-def follow(policy: schedulers.Policy, largest: int, cadence: str) -> Attach:
+def follow(policy: schedulers.Policy, largest: int) -> Attach:
     """A monitor and a scheduler that changes the batch, and with it the rate, by `policy`."""
 
     def attach(race: Race, model: nn.Module, optimizer: torch.optim.Optimizer, draws: Draws) -> Any:
-        monitor = gradstats.attach(model, optimizer=optimizer, **CADENCES[cadence])
+        monitor = gradstats.attach(model, optimizer=optimizer, **MEASURED)
         scaling = gradstats.BatchScaling(optimizer, batch_size=draws.batch_size, rule=race.rule)  # type: ignore[arg-type]
         scheduler = gradstats.BatchSizeScheduler(
             policy, draws, monitor=monitor, scaling=scaling, max_batch_size=largest, every=EVERY
@@ -136,8 +133,9 @@ def run(race: Race, method: Method, seed: int) -> Outcome:
     before = (held_out_loss(race, model), 0, 0, 0.0)
     first = before[0]
     while draws.samples < race.most:
+        batch = draws.step()
         begin = clock(race)
-        race.loss(model, draws.step()).backward()
+        race.loss(model, batch).backward()
         stats = monitor.step() if monitor is not None else None
         if method.adascale is not None:
             optimizer.observe(stats)  # type: ignore[attr-defined]
@@ -176,15 +174,16 @@ def step_seconds(race: Race, rounds: int = 30) -> dict[int, float]:
     found: dict[int, list[float]] = {size: [] for size in race.batches}
     for _ in range(rounds):
         for size in race.batches:
+            batch = race.batch(size, generator)
             begin = clock(race)
-            race.loss(model, race.batch(size, generator)).backward()
+            race.loss(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
             found[size].append(clock(race) - begin)
     return {size: sorted(times)[len(times) // 2] for size, times in found.items()}
 
 
-def followers(race: Race, rate: float, seconds: dict[int, float], cadence: str) -> list[Method]:
+def followers(race: Race, rate: float, seconds: dict[int, float]) -> list[Method]:
     """The methods that need no tuning: they start at the base batch and its `rate`."""
     largest = max(race.batches)
     policies: dict[str, schedulers.Policy] = {
@@ -192,7 +191,7 @@ def followers(race: Race, rate: float, seconds: dict[int, float], cadence: str) 
         "noise scale × time": fastest(seconds, largest),
         "norm test": schedulers.norm_test,
     }
-    found = [Method(name, race.base, rate, follow(policy, largest, cadence))
+    found = [Method(name, race.base, rate, follow(policy, largest))
              for name, policy in policies.items()]  # fmt: skip
     if race.sgd:
         found += [Method(f"AdaScale {n * race.base}", n * race.base, rate, None, race.base)

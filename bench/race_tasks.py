@@ -64,38 +64,38 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 # ---- regression: the noise scale is known --------------------------------------------------------
 
-FEATURES, NOISE = 128, 1.0
+FEATURES, OUTPUTS, NOISE = 512, 512, 1.0
 
 
 def regression() -> Race:
-    """y = w*·x + ε with x ~ N(0, diag(h)); loss ½(w·x − y)². Eigenvalues h fall as 1/k."""
+    """y = W*x + ε with x ~ N(0, diag(h)); loss ½‖Wx − y‖², mean over outputs. Eigenvalues h fall as 1/k."""
     h = 1 / torch.arange(1, FEATURES + 1, dtype=torch.float32)
     root = h.sqrt()
-    truth = torch.randn(FEATURES, generator=torch.Generator().manual_seed(1))
+    truth = torch.randn(OUTPUTS, FEATURES, generator=torch.Generator().manual_seed(1))
 
     def draw(size: int, generator: torch.Generator) -> Batch:
         x = root * torch.randn(size, FEATURES, generator=generator)
-        noise = NOISE * torch.randn(size, generator=generator)
-        return x, x @ truth + noise
+        return x, x @ truth.T + NOISE * torch.randn(size, OUTPUTS, generator=generator)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return 0.5 * (model(batch[0]).squeeze(-1) - batch[1]).square().mean()
+        return 0.5 * (model(batch[0]) - batch[1]).square().mean()
 
     def make(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = nn.Linear(FEATURES, 1, bias=False)
+        model = nn.Linear(FEATURES, OUTPUTS, bias=False)
         nn.init.zeros_(model.weight)
-        return model, torch.optim.SGD(model.parameters(), lr=0.02)
+        return model, torch.optim.SGD(model.parameters(), lr=0.02 * OUTPUTS)
 
     def noise_scale(model: nn.Module) -> float:
-        """tr Σ/|G|² of Gaussian x: E‖g‖² = tr H·δᵀHδ + 2δᵀH²δ + σ² tr H with δ = w − w*, G = Hδ."""
-        delta = next(model.parameters()).detach().flatten() - truth
+        """tr Σ/|G|² of Gaussian x, with δ = W − W*, G = δH (both but for the loss' 1/outputs):
+        E‖g‖² = tr H·(tr δHδᵀ + outputs·σ²) + 2‖δH‖²."""
+        delta = next(model.parameters()).detach() - truth
         energy, signal = float((h * delta**2).sum()), float((h * delta).square().sum())
-        return (float(h.sum()) * (energy + NOISE**2) + signal) / signal
+        return (float(h.sum()) * (energy + OUTPUTS * NOISE**2) + signal) / signal
 
-    held_out = draw(4096, torch.Generator().manual_seed(2))
+    held_out = draw(1024, torch.Generator().manual_seed(2))
     return Race(
-        "regression", make, draw, loss, held_out, target=0.55 * NOISE**2, rate=0.02, base=8,
-        batches=(8, 16, 32, 64, 128, 256, 512), most=400_000, rule="noise", look=256,
+        "regression", make, draw, loss, held_out, target=0.55 * NOISE**2, rate=0.02 * OUTPUTS, base=8,
+        batches=(8, 16, 32, 64, 128, 256, 512), most=400_000, rule="noise", look=512,
         noise_scale=noise_scale,
     )  # fmt: skip
 
@@ -134,7 +134,7 @@ def _text(width: int, heads: int, layers: int, rate: float) -> Callable[[], Task
 def text_race() -> Race:
     """The demo's text with a smaller transformer, or a race takes minutes."""
     return _of_demo(
-        text(), _text(64, 2, 2, 1e-3), 256, target=2.5, rate=1e-3, base=8,
+        text(), _text(64, 2, 2, 1e-3), 256, target=2.5, rate=1e-3, base=4,
         batches=(4, 8, 16, 32, 64, 128), most=20_000, rule="sqrt", look=128,
     )  # fmt: skip
 

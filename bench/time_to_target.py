@@ -26,7 +26,7 @@ from typing import Any
 
 import checkout
 import torch
-from race_runs import CADENCES, Method, Outcome, followers, run, step_seconds
+from race_runs import MEASURED, Method, Outcome, followers, run, step_seconds
 from race_tasks import RACES, Race
 
 from gradstats.workbench.bench.timing import table
@@ -48,19 +48,34 @@ def mean(values: list[float]) -> tuple[float, float]:
 
 
 def tuned(race: Race, size: int, rates: list[float], seeds: range) -> float:
-    """The rate with which this batch takes the fewest samples, over some seeds."""
-    best = (math.inf, rates[len(rates) // 2])
+    """The rate with which this batch takes the fewest samples, over some seeds.
+
+    A best rate at an end of `rates` is not known to be the best: from there they go on.
+    """
+    taken: dict[float, float] = {}
     for rate in rates:
-        taken: list[float] = []
-        # A rate that takes twice as long is not looked at to its end.
-        limit = race.most if math.isinf(best[0]) else min(race.most, math.ceil(2 * best[0]))
-        for seed in seeds:
-            outcome = run(race.changed(most=limit), Method("", size, rate), seed)
-            taken.append(outcome.samples)
-            if not math.isfinite(taken[-1]):
-                break
-        best = min(best, (mean(taken)[0] if len(taken) == len(seeds) else math.inf, rate))
-    return best[1]
+        taken[rate] = samples_taken(race, size, rate, seeds, min(taken.values(), default=math.inf))
+    while True:
+        tried = sorted(taken)
+        best = min(tried, key=lambda rate: taken[rate])
+        if math.isinf(taken[best]):
+            return rates[len(rates) // 2]
+        if len(tried) == 1 or best not in (tried[0], tried[-1]):
+            return best
+        end, next_to = (tried[0], tried[1]) if best == tried[0] else (tried[-1], tried[-2])
+        further = end * end / next_to
+        taken[further] = samples_taken(race, size, further, seeds, taken[best])
+
+
+def samples_taken(race: Race, size: int, rate: float, seeds: range, best: float) -> float:
+    """Mean over the seeds. A rate that takes twice as long as the `best` is not looked at to its end."""
+    limit = race.most if math.isinf(best) else min(race.most, math.ceil(2 * best))
+    found = []
+    for seed in seeds:
+        found.append(run(race.changed(most=limit), Method("", size, rate), seed).samples)
+        if math.isinf(found[-1]):
+            return math.inf
+    return statistics.fmean(found)
 
 
 def measure(
@@ -69,7 +84,6 @@ def measure(
     tuning: int,
     rates: tuple[float, ...],
     known: dict[str, Any],
-    cadence: str,
 ) -> dict[str, Any]:
     """`known`: methods of an earlier run, whose rates are taken where they are."""
 
@@ -87,8 +101,11 @@ def measure(
         )
         candidates = [factor * rate for factor in rates]
         fixed[size] = Method(f"fixed {size}", size, rate)
-    methods = followers(race, fixed[race.base].rate, seconds, cadence)
+    methods = followers(race, fixed[race.base].rate, seconds)
     for method in (*fixed.values(), *methods):
+        run(
+            race.changed(most=40 * method.batch_size), method, seeds[0]
+        )  # what it imports is not timed
         outcomes[method.name] = [run(race, method, seed) for seed in seeds]
         say(f"{method.name}: {mean([o.samples for o in outcomes[method.name]])[0]:,.0f} samples")
     seen = [n for o in outcomes["noise scale"] for n in o.noise if math.isfinite(n)]
@@ -153,13 +170,12 @@ def main() -> None:
     parser.add_argument("--races", nargs="+", default=list(RACES)[:3], choices=list(RACES))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
-        "--first-seed", type=int, default=0, help="others than settings were tried on"
+        "--first-seed", type=int, default=1000, help="others than settings were tried on"
     )
     parser.add_argument("--tuning-seeds", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="*", help="instead of each race's own")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--tuned", type=Path, help="an earlier --json: take its learning rates")
-    parser.add_argument("--cadence", default="sparse", choices=CADENCES, help="of measured steps")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--target", type=float, help="instead of each race's own")
     parser.add_argument("--json", type=Path, default=checkout.RESULTS / "time_to_target_cpu.json")
@@ -173,12 +189,10 @@ def main() -> None:
         race = RACES[name]().changed(device=args.device, **given)
         known = earlier.get(name, {}).get("methods", {})
         seeds = range(args.first_seed, args.first_seed + args.seeds)
-        results[name] = measure(
-            race, seeds, args.tuning_seeds, tuple(args.rates), known, args.cadence
-        )
+        results[name] = measure(race, seeds, args.tuning_seeds, tuple(args.rates), known)
         print(report(name, results[name]), flush=True)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"seeds": args.seeds, "first_seed": args.first_seed, "cadence": args.cadence}
+    settings = {"seeds": args.seeds, "first_seed": args.first_seed, "measured": MEASURED}
     found = {"environment": environment("gradstats"), **settings, "races": results}
     args.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
 

@@ -285,17 +285,18 @@ def test_the_biases_on_the_page_are_those_in_the_results_and_chance() -> None:
             assert 0.85 < figures["share"] < 0.97, (windows, of)
 
 
-def test_the_races_within_a_budget_are_those_in_the_results() -> None:
+def test_the_races_are_those_in_the_results() -> None:
     page = (DOCS / "training.md").read_text("utf-8")
-    for race, found in results_of("time_to_target_budget_cpu.json")["races"].items():
+    for race, found in results_of("time_to_target_cpu.json")["races"].items():
         methods = found["methods"]
         fixed = {m: r["seconds"]["mean"] for m, r in methods.items() if m.startswith("fixed")}
         best = min(fixed, key=lambda method: fixed[method])
-        for method in (best, "noise scale", "noise scale × time"):
+        for method in (best, f"fixed {found['base']}", "noise scale", "noise scale × time"):
             figures = [
                 f"{methods[method][of]['mean']:,.{digits}f} ± {methods[method][of]['half_width']:,.{digits}f}"
                 for of, digits in (("samples", 0), ("steps", 0), ("seconds", 2))
             ]
             over = methods[method]["seconds"]["mean"] / fixed[best]
             called = f"{method}, the fastest fixed one" if method == best else method
-            assert f"| {race} | {called} | {' | '.join(figures)} | {over:.2f} |" in page
+            sizes = f"{methods[method]['first_batch']} → {methods[method]['last_batch']:.0f}"
+            assert f"| {race} | {called} | {sizes} | {' | '.join(figures)} | {over:.2f} |" in page
