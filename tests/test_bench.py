@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -44,10 +46,9 @@ def test_growth(tmp_path: Path) -> None:
 
 def test_time_to_target(tmp_path: Path) -> None:
     out = tmp_path / "races.json"
-    args = ["--races", "regression", "--batches", "8", "64", "--target", "1.5", "--seeds", "2"]
-    text = _run(
-        "time_to_target.py", *args, "--tuning-seeds", "1", "--rates", "1", "--json", str(out)
-    )
+    args = ["--races", "regression", "--batches", "8", "64", "--target", "0.7", "--seeds", "2"]
+    known = BENCH / "results" / "time_to_target_cpu.json"
+    text = _run("time_to_target.py", *args, "--tuned", str(known), "--json", str(out))
     found = json.loads(out.read_text())["races"]["regression"]
     assert {"fixed 8", "fixed 64", "noise scale", "AdaScale 32"} <= set(found["methods"])
     for name, row in found["methods"].items():
@@ -72,3 +73,19 @@ def test_conformance_of_gradstats_alone(tmp_path: Path) -> None:
     assert not [name for name, cell in cells.items() if cell["verdict"] == "wrong"]
     refused = {name for name, cell in cells.items() if cell["verdict"] == "refused"}
     assert refused <= {"sparse", "by_frequency", "batch_norm", "backward_twice"}
+
+
+def test_a_rate_is_looked_for_beyond_the_ends_of_a_grid(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    module = importlib.import_module("time_to_target")
+    tried = []
+
+    def taken(race, size, rate, seeds, best) -> float:
+        tried.append(rate)
+        return abs(math.log2(rate / wanted))
+
+    monkeypatch.setattr(module, "samples_taken", taken)
+    for wanted in (0.25, 1.0, 2.0, 16.0):
+        assert module.tuned(None, 8, [0.5, 1.0, 2.0], range(2)) == wanted
+    assert 32.0 in tried  # the best one has a worse one on either side
+    assert module.tuned(None, 8, [1.0], range(2)) == 1.0
