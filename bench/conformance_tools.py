@@ -67,7 +67,7 @@ class Tool:
         missing = [n for n, value in found.items() if value is None]
         if missing:
             raise Refused(f"no {attribute} of {', '.join(missing)}")
-        return found  # type: ignore[return-value]
+        return found
 
 
 class GradStats(Tool):

@@ -85,7 +85,7 @@ def check_compiled(name: str, device: str) -> float:
     problem.loss(torch.compile(model)).backward()
     stats = monitor.step()
     torch._dynamo.reset()
-    found = stats.per_sample_sq_norm  # type: ignore[union-attr]
+    found = stats.per_sample_sq_norm
     return max(errors["norms"], worst(found, record.per_sample_sq_norm.double()))
 
 

@@ -39,7 +39,7 @@ MB = 1e6
 
 def allocations(profiler: torch.profiler.profile) -> Iterator[tuple[int, int]]:
     """(time, bytes) of every allocation (positive) and release (negative), in order."""
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results
     memory = [e for e in results.events() if e.name() == "[memory]"]
     yield from sorted(((e.start_ns(), e.nbytes()) for e in memory), key=lambda event: event[0])
 
@@ -83,7 +83,7 @@ def measure(model: str, variant: str, tiny: bool, fallback_bytes: int) -> dict[s
         step()
         with torch.profiler.record_function(MARK):
             step()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     begin = next(e.start_ns() for e in events if e.name() == MARK)
     live = peak = largest = 0
     for time, size in allocations(profiler):

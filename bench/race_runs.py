@@ -87,7 +87,7 @@ def follow(policy: schedulers.Policy, largest: int) -> Attach:
 
     def attach(race: Race, model: nn.Module, optimizer: torch.optim.Optimizer, draws: Draws) -> Any:
         monitor = gradstats.attach(model, optimizer=optimizer, **MEASURED)
-        scaling = gradstats.BatchScaling(optimizer, batch_size=draws.batch_size, rule=race.rule)  # type: ignore[arg-type]
+        scaling = gradstats.BatchScaling(optimizer, batch_size=draws.batch_size, rule=race.rule)
         scheduler = gradstats.BatchSizeScheduler(
             policy, draws, monitor=monitor, scaling=scaling, max_batch_size=largest, every=EVERY
         )
@@ -138,7 +138,7 @@ def run(race: Race, method: Method, seed: int) -> Outcome:
         race.loss(model, batch).backward()
         stats = monitor.step() if monitor is not None else None
         if method.adascale is not None:
-            optimizer.observe(stats)  # type: ignore[attr-defined]
+            optimizer.observe(stats)
         optimizer.step()
         optimizer.zero_grad()
         steps += 1

@@ -83,7 +83,7 @@ def caught() -> Iterator[list[Launch]]:
     """Catch launches instead of running them."""
     launches: list[Launch] = []
 
-    def catch(kernel, grid, args, num_warps, num_stages=1):  # type: ignore[no-untyped-def]
+    def catch(kernel, grid, args, num_warps, num_stages=1):
         launches.append(Launch(kernel, grid, args, num_warps, num_stages))
 
     original, _common.launch = _common.launch, catch

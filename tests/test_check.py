@@ -59,21 +59,21 @@ class Doubled(torch.autograd.Function):
     """x + b, with a wrong number for b in `what`."""
 
     @staticmethod
-    def forward(ctx, x, b, row, what):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, b, row, what):
         ctx.what = what
         return x + b
 
     @staticmethod
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
+    def backward(ctx, g):
         sq, db = g.square().sum(1), g.sum(0)
         sq = 2 * sq if ctx.what == "norms" else sq
         return g, 2 * db if ctx.what == "gradient" else db, row_gradient(sq), None
 
 
 @pytest.fixture(params=["norms", "gradient"])
-def broken_rule(request):  # type: ignore[no-untyped-def]
+def broken_rule(request):
     @rule(torch.hypot)
-    def hypot(use, func, x, b):  # type: ignore[no-untyped-def]
+    def hypot(use, func, x, b):
         return Doubled.apply(x, b, use.probe(b).row, request.param)
 
     yield
@@ -111,7 +111,7 @@ def _add_or_hypot(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_rule_that_fails_is_reported(monkeypatch) -> None:
-    def hypot(use, func, x, b):  # type: ignore[no-untyped-def]
+    def hypot(use, func, x, b):
         raise ZeroDivisionError("no such luck")
 
     monkeypatch.setitem(RULES, torch.hypot, hypot)
@@ -139,7 +139,7 @@ def test_samples_in_the_second_dimension_are_found() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(self.rnn(x)[0])
 
-    def last(model: nn.Module, batch) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def last(model: nn.Module, batch) -> torch.Tensor:
         return F.cross_entropy(model(batch["x"])[-1], batch["y"])
 
     batch = {"x": torch.randn(7, 5, 6), "y": torch.randint(0, 3, (5,))}

@@ -15,7 +15,7 @@ def seed() -> None:
 
 
 @pytest.fixture
-def run(command_line):  # type: ignore[no-untyped-def]
+def run(command_line):
     return partial(command_line, "check")
 
 

@@ -33,7 +33,7 @@ class Capture:
 
 
 @pytest.fixture
-def capture(monkeypatch) -> Capture:  # type: ignore[no-untyped-def]
+def capture(monkeypatch) -> Capture:
     return Capture(monkeypatch)
 
 

@@ -74,7 +74,7 @@ def test_a_leaf_waits_for_a_checkpoint_that_recomputes(model) -> None:
             super().__init__()
             self.parts = model
 
-        def forward(self, x):  # type: ignore[no-untyped-def]
+        def forward(self, x):
             return checkpoint(self.parts, x, use_reentrant=True)
 
     x = torch.randn(6, 5, requires_grad=True)
@@ -118,7 +118,7 @@ def test_nothing_is_kept_alive() -> None:
     assert held() is None
 
 
-def rows_of(leaf, told):  # type: ignore[no-untyped-def]
+def rows_of(leaf, told):
     return C.Shortcuts.rows_of_leaf(leaf, told.append)
 
 
@@ -145,7 +145,7 @@ def test_rows_are_stacked_and_added_up() -> None:
 
 
 def test_what_is_told_of_rows_may_fail() -> None:
-    def fails(leaf):  # type: ignore[no-untyped-def]
+    def fails(leaf):
         raise gradstats.BatchDimError("of this type")
 
     rows = C.Shortcuts.rows_of_leaf(torch.zeros(2, 3, requires_grad=True), fails)
@@ -157,7 +157,7 @@ def test_rows_let_go_of_their_leaf() -> None:
     leaf = torch.zeros(2, 3, requires_grad=True)
 
     class Told:
-        def __call__(self, leaf):  # type: ignore[no-untyped-def]
+        def __call__(self, leaf):
             pass
 
     told = Told()

@@ -151,7 +151,7 @@ class Twice(nn.Module):
         super().__init__()
         self.layer = nn.Linear(5, 5)
 
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         return self.layer(torch.tanh(self.layer(x)))
 
 
@@ -195,7 +195,7 @@ def test_outputs_may_be_changed_in_place() -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.randn(4, 5))
 
-        def forward(self, x):  # type: ignore[no-untyped-def]
+        def forward(self, x):
             return F.linear(x, self.weight).add_(1).mul_(2)
 
     model, x = Adds(), torch.randn(6, 3, 5)

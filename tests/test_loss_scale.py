@@ -19,7 +19,7 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3))
 
 
-def _scaler(scale: float = 2.0**10, **options) -> torch.amp.GradScaler:  # type: ignore[no-untyped-def]
+def _scaler(scale: float = 2.0**10, **options) -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=scale, **options)
 
 
@@ -105,7 +105,7 @@ def test_a_scaler_that_scaled_nothing_is_refused(model) -> None:
         gradstats.attach(nn.Linear(2, 2), grad_scaler=1024.0)
 
 
-def _float16_step(model, batch, scaler):  # type: ignore[no-untyped-def]
+def _float16_step(model, batch, scaler):
     with torch.autocast("cpu", dtype=torch.float16):
         out = model(batch)
         value = out.float().square().flatten(1).sum(1).mean()

@@ -21,7 +21,7 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3))
 
 
-def _good_step(monitor, model) -> None:  # type: ignore[no-untyped-def]
+def _good_step(monitor, model) -> None:
     batch = torch.randn(5, 6)
     model.zero_grad()
     true = per_sample_gradients(model, loss, batch)
@@ -29,24 +29,24 @@ def _good_step(monitor, model) -> None:  # type: ignore[no-untyped-def]
     assert_matches(monitor.step(), true, 1e-5)
 
 
-def _clip(model, optimizer) -> None:  # type: ignore[no-untyped-def]
+def _clip(model, optimizer) -> None:
     nn.utils.clip_grad_norm_(model.parameters(), 0.1)
 
 
-def _scale(model, optimizer) -> None:  # type: ignore[no-untyped-def]
+def _scale(model, optimizer) -> None:
     for p in model.parameters():
         p.grad /= 4
 
 
-def _zero_in_place(model, optimizer) -> None:  # type: ignore[no-untyped-def]
+def _zero_in_place(model, optimizer) -> None:
     optimizer.zero_grad(set_to_none=False)
 
 
-def _zero(model, optimizer) -> None:  # type: ignore[no-untyped-def]
+def _zero(model, optimizer) -> None:
     optimizer.zero_grad()
 
 
-def _replace(model, optimizer) -> None:  # type: ignore[no-untyped-def]
+def _replace(model, optimizer) -> None:
     for p in model.parameters():
         p.grad = p.grad * 2
 
@@ -166,16 +166,16 @@ def test_the_self_check_passes_where_all_is_right(name: str) -> None:
 
 
 @pytest.fixture
-def wrong_kernel(monkeypatch):  # type: ignore[no-untyped-def]
+def wrong_kernel(monkeypatch):
     """The second layer's squared norms come out 5% too large."""
     right = backends.implementation
 
-    def implementation(operation, like):  # type: ignore[no-untyped-def]
+    def implementation(operation, like):
         found = right(operation, like)
         if operation != "linear_stats":
             return found
 
-        def wrong(x, g, *rest):  # type: ignore[no-untyped-def]
+        def wrong(x, g, *rest):
             results = list(found(x, g, *rest))
             if x.shape[-1] == 8:
                 results[2] = results[2] * 1.05

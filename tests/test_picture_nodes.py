@@ -1,5 +1,6 @@
 """The extension's autograd nodes of GroupNorm and convolutions: where they are taken, and that they do what
-Python's do."""
+Python's do. What all nodes have in common is asked of LayerNorm's too, whose own tests are in
+test_layer_norm_node.py."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ CASES = {
     **{f"norm: {k}": v for k, v in NORMS.items()},
     **{f"conv: {k}": v for k, v in CONVS.items()},
 }
-FEW = [NORMS["pictures"], CONVS["2d"]]
+OF_ROWS = Case(lambda: nn.LayerNorm(5), (6, 4, 3, 5), "LayerNormNode", "layer_norm_stats")
+FEW = [NORMS["pictures"], CONVS["2d"], OF_ROWS]
 each = pytest.mark.parametrize("case", FEW, ids=lambda case: case.node)
 
 
@@ -73,7 +75,7 @@ class Only(nn.Module):
         for p in layer.parameters():
             nn.init.normal_(p)
 
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         return torch.tanh(self.layer(x)).cumsum(-1)
 
 
@@ -214,7 +216,7 @@ class Again(nn.Module):
         super().__init__()
         self.layer, self.how = layer, how
 
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         first = torch.tanh(self.layer(x))
         if self.how == "module":
             return self.layer(first)
@@ -251,7 +253,7 @@ def test_in_checkpoints_of_either_kind() -> None:
             self.first, self.reentrant = nn.Conv2d(3, 4, 3, padding=1), reentrant
             self.part = nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 3))
 
-        def forward(self, x):  # type: ignore[no-untyped-def]
+        def forward(self, x):
             return checkpoint(self.part, self.first(x), use_reentrant=self.reentrant)
 
     x = torch.randn(5, 3, 6, 6)
@@ -308,7 +310,9 @@ def test_second_derivatives_are_refused(case) -> None:
     x.requires_grad_()
     with gradstats.attach(model):
         (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"differentiate twice.*backward of a (Group|conv)"):
+        with pytest.raises(
+            RuntimeError, match=r"differentiate twice.*backward of a (Group|Layer|conv)"
+        ):
             g.square().sum().backward()
 
 

@@ -31,7 +31,7 @@ def entered(monkeypatch) -> list[str]:
     paths: list[str] = []
     plain = interpose.Interposer.enter
 
-    def enter(self, module, path, original, args, kwargs):  # type: ignore[no-untyped-def]
+    def enter(self, module, path, original, args, kwargs):
         paths.append(path)
         return plain(self, module, path, original, args, kwargs)
 
@@ -39,7 +39,7 @@ def entered(monkeypatch) -> list[str]:
     return paths
 
 
-def measured(model, x, context=None, tolerance: float = 1e-5, loss=loss):  # type: ignore[no-untyped-def]
+def measured(model, x, context=None, tolerance: float = 1e-5, loss=loss):
     """A measured step, held against the oracle."""
     plain = copy.deepcopy(model)
     with gradstats.attach(model) as monitor:
@@ -87,7 +87,7 @@ def test_what_is_not_plain_does_not(model, entered) -> None:
             super().__init__()
             self.seen: list[object] = []
 
-        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_function__(self, func, types, args=(), kwargs=None):
             self.seen.append(func)
             return func(*args, **(kwargs or {}))
 
@@ -99,7 +99,7 @@ def test_what_is_not_plain_does_not(model, entered) -> None:
     entered.clear()
 
     class Owner(nn.Module):
-        def forward(self, x):  # type: ignore[no-untyped-def]
+        def forward(self, x):
             return self.parts[2](F.relu(self.parts[0](input=x)))
 
     owner = Owner()
@@ -154,7 +154,7 @@ def test_rows_that_are_told_inside_a_forward_are_left_to_python(entered) -> None
             super().__init__()
             self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
 
-        def forward(self, x):  # type: ignore[no-untyped-def]
+        def forward(self, x):
             ids = torch.arange(len(x)).flip(0)
             rows = torch.tanh(self.first(x)).flip(0)
             with self.told(ids) if self.told else torch.enable_grad():
@@ -188,7 +188,7 @@ class Uses(nn.Module):
         self.scale = nn.Parameter(torch.randn(5))
         self.order = order
 
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         for kind in self.order:
             if kind == "m":
                 x = torch.tanh(self.layer(x))
@@ -228,7 +228,7 @@ def test_a_wrong_batch_is_refused_as_ever(model) -> None:
             super().__init__()
             self.parts = model
 
-        def forward(self, x):  # type: ignore[no-untyped-def]
+        def forward(self, x):
             return self.parts(x[1:])
 
     cut = Cut()
@@ -271,7 +271,7 @@ class Block(nn.Module):
         self.scale = nn.Parameter(torch.randn(5))
         self.inner = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 5), nn.Sequential(nn.GELU()))
 
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x):
         return x * self.scale + self.inner(x)
 
 
@@ -302,7 +302,7 @@ def test_a_module_that_gives_nothing_runs_once(entered) -> None:
             super().__init__()
             self.runs = 0
 
-        def forward(self, x):  # type: ignore[no-untyped-def]
+        def forward(self, x):
             self.runs += 1
 
     class Holds(nn.Module):
@@ -310,7 +310,7 @@ def test_a_module_that_gives_nothing_runs_once(entered) -> None:
             super().__init__()
             self.counts, self.layer = Counts(), nn.Linear(5, 2)
 
-        def forward(self, x):  # type: ignore[no-untyped-def]
+        def forward(self, x):
             self.counts(x)
             return self.layer(x)
 
@@ -349,7 +349,7 @@ def test_flattened_rows_in_a_later_forward_are_found() -> None:
             super().__init__()
             self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 2)
 
-        def forward(self, x):  # type: ignore[no-untyped-def]
+        def forward(self, x):
             rows = torch.tanh(self.first(x)).flatten(0, 1)
             return self.second(rows).unflatten(0, x.shape[:2])
 

@@ -12,7 +12,7 @@ QUICK = ["--looks", "4", "--precision", "0.5", "--threads", "1"]
 
 
 @pytest.fixture
-def run(command_line):  # type: ignore[no-untyped-def]
+def run(command_line):
     return lambda *args: command_line("sweep", *args, *QUICK)
 
 

@@ -22,7 +22,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def two_steps_match(monitor, model, batch, true, run=None):  # type: ignore[no-untyped-def]
+def two_steps_match(monitor, model, batch, true, run=None):
     """Steps of the model (or of `run`, what was compiled of it); the last one's record."""
     for _ in range(2):
         model.zero_grad()

@@ -35,7 +35,7 @@ def contributions(model: nn.Module, loss: Callable[[nn.Module, int], Tensor]) ->
     return {n: torch.stack(g) for n, g in found.items()}
 
 
-def _summed(m: nn.Module, rows: slice | Sequence[int], **options) -> Tensor:  # type: ignore[no-untyped-def]
+def _summed(m: nn.Module, rows: slice | Sequence[int], **options) -> Tensor:
     out, labels = m(IDS[rows]).flatten(0, 1), LABELS[rows].flatten()
     classes = options.pop("weight", None)
     classes = None if classes is None else classes.to(out.dtype)
@@ -48,7 +48,7 @@ def model() -> nn.Module:
     return Positions()
 
 
-def _check(model, loss, true, **options) -> gradstats.GradStats:  # type: ignore[no-untyped-def]
+def _check(model, loss, true, **options) -> gradstats.GradStats:
     with gradstats.attach(model, moments=True, **options) as monitor:
         for value in loss(model):
             value.backward()
@@ -58,7 +58,7 @@ def _check(model, loss, true, **options) -> gradstats.GradStats:  # type: ignore
 
 
 def test_mean_over_tokens_with_uneven_counts(model) -> None:
-    def loss(m: nn.Module):  # type: ignore[no-untyped-def]
+    def loss(m: nn.Module):
         yield F.cross_entropy(m(IDS).flatten(0, 1), LABELS.flatten())
 
     true = contributions(model, lambda m, i: 6 * _summed(m, [i]) / COUNTS.sum())
@@ -76,7 +76,7 @@ def test_a_sample_without_tokens_can_be_left_out(model) -> None:
 
 
 def test_sum_over_tokens(model) -> None:
-    def loss(m: nn.Module):  # type: ignore[no-untyped-def]
+    def loss(m: nn.Module):
         yield _summed(m, slice(None))
 
     true = contributions(model, lambda m, i: _summed(m, [i]))
@@ -89,7 +89,7 @@ def test_sum_over_tokens(model) -> None:
 def test_class_weights_and_label_smoothing(model) -> None:
     options = {"weight": CLASSES, "label_smoothing": 0.1}
 
-    def loss(m: nn.Module):  # type: ignore[no-untyped-def]
+    def loss(m: nn.Module):
         yield F.cross_entropy(m(IDS).flatten(0, 1), LABELS.flatten(), **options)
 
     total = CLASSES[LABELS[LABELS >= 0]].sum().double()
@@ -98,7 +98,7 @@ def test_class_weights_and_label_smoothing(model) -> None:
 
 
 def test_weights_of_samples(model) -> None:
-    def loss(m: nn.Module):  # type: ignore[no-untyped-def]
+    def loss(m: nn.Module):
         each = F.cross_entropy(m(IDS).transpose(1, 2), LABELS, reduction="none").sum(1)
         yield (WEIGHTS * each).sum() / WEIGHTS.sum()
 
@@ -110,7 +110,7 @@ PARTS = (slice(0, 3), slice(3, 4), slice(4, 6))  # the second has no token at al
 
 
 def test_micro_batches_divided_by_the_tokens_of_all(model) -> None:
-    def loss(m: nn.Module):  # type: ignore[no-untyped-def]
+    def loss(m: nn.Module):
         for part in PARTS:
             yield _summed(m, part) / COUNTS.sum()
 
@@ -121,7 +121,7 @@ def test_micro_batches_divided_by_the_tokens_of_all(model) -> None:
 def test_micro_batches_with_means_of_their_own(model) -> None:
     """A token of a short micro-batch weighs more; that is the gradient that is stepped with."""
 
-    def loss(m: nn.Module):  # type: ignore[no-untyped-def]
+    def loss(m: nn.Module):
         for part in PARTS:
             yield _summed(m, part) / COUNTS[part].sum().clamp_min(1) / len(PARTS)
 

@@ -64,7 +64,7 @@ class _OneRow(TorchFunctionMode):
     def _own(self, value: object) -> bool:
         return any(value is p for p in self.known)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             with self:
@@ -81,7 +81,7 @@ class _OneRow(TorchFunctionMode):
         return torch.where(keep, out, func(*args, **kwargs))
 
 
-def _attention(query, key, value, width, heads, w_in, b_in, *rest, **options):  # type: ignore[no-untyped-def]
+def _attention(query, key, value, width, heads, w_in, b_in, *rest, **options):
     """Self-attention of (T, B, E), from its definition."""
     assert query is key is value
     w_out, b_out = rest[4], rest[5]
@@ -92,7 +92,7 @@ def _attention(query, key, value, width, heads, w_in, b_in, *rest, **options):  
     return F.linear((shares @ v).transpose(1, 2).flatten(2), w_out, b_out).transpose(0, 1), None
 
 
-def per_token_gradients(model: nn.Module, batch: Tensor, run=token_loss) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+def per_token_gradients(model: nn.Module, batch: Tensor, run=token_loss) -> dict[str, Tensor]:
     """(B·T, *shape) of each parameter, in units where their mean is the gradient; float64."""
     model = copy.deepcopy(model).double()
     model.recompute = False  # what a checkpoint recomputes runs outside of the mode
