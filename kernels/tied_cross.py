@@ -16,7 +16,7 @@ OP = "tied_cross"
 
 @triton.jit
 def _cross_kernel(
-    ids, e, h, a, slab, len_t, len_s, vocabulary, width, blocks_s,
+    ids, e, h, a, slab, len_t, len_s, vocabulary, width, blocks_s, tiles,
     ids_b, ids_t, e_b, e_t, e_d, h_b, h_s, h_v, a_b, a_s, a_d,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -24,8 +24,9 @@ def _cross_kernel(
 
     ⟨Σ_t onehot(id_t) e_tᵀ, Σ_s h_s a_sᵀ⟩ as a Gram (arXiv:1510.01799), one factor being a gather.
     """
-    sample = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
+    # In one dimension: the other two have 65535 programs at most, which 16384 positions exceed.
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
     t = tile // blocks_s * BLOCK + tl.arange(0, BLOCK)
     s = tile % blocks_s * BLOCK + tl.arange(0, BLOCK)
     in_t = t < len_t
@@ -45,7 +46,6 @@ def _cross_kernel(
         left = tl.load(e_rows + at[None, :] * e_d, mask=in_t[:, None] & in_d[None, :], other=0.0)
         right = tl.load(a_rows + at[:, None] * a_d, mask=in_d[:, None] & in_s[None, :], other=0.0)
         acc = dot(left, right, acc)
-    tiles = tl.num_programs(1)
     tl.store(slab + sample * tiles + tile, tl.sum(acc * picked.to(tl.float32)))
 
 
@@ -77,10 +77,10 @@ def tied_cross(ids: Tensor, e: Tensor, h: Tensor, a: Tensor) -> Tensor:
     slab = torch.empty(batch, tiles, dtype=torch.float32, device=e.device)
     _common.launch(
         _cross_kernel,
-        (batch, tiles),
+        (batch * tiles,),
         {
             "ids": ids, "e": e, "h": h, "a": a, "slab": slab, "len_t": len_t, "len_s": len_s,
-            "vocabulary": h.shape[2], "width": width, "blocks_s": blocks_s,
+            "vocabulary": h.shape[2], "width": width, "blocks_s": blocks_s, "tiles": tiles,
             "ids_b": ids.stride(0), "ids_t": ids.stride(1),
             "e_b": e.stride(0), "e_t": e.stride(1), "e_d": e.stride(2),
             "h_b": h.stride(0), "h_s": h.stride(1), "h_v": h.stride(2),

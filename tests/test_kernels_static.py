@@ -127,6 +127,28 @@ def test_config_chooses_by_cost():
     assert not config(32, 64, 1024, 1024, bf16, True).schedule.share
 
 
+def test_grids_fit_a_card():
+    """Programs beyond 65535 fit in the first dimension alone; longer samples than most are."""
+
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    long, rows, ids = meta(2, 2**15, 64), meta(70_000, 2, 64), meta(2, 2**15, dtype=torch.int64)
+    calls = {
+        "tied cross": lambda: table.tied_cross.tied_cross(ids, long, meta(2, 2**15, 9), long),
+        "linear, long": lambda: table.linear_stats.linear_stats(long, long, True, False, True),
+        "linear, rows": lambda: table.linear_stats.linear_stats(rows, rows, True, False, False),
+        "embedding": lambda: table.embedding_stats.embedding_stats(ids, long, 2**20, -1, True),
+        "layer norm": lambda: table.layer_norm_stats.layer_norm_stats(
+            rows, rows, None, rows[..., 0], None, True, True, False, False
+        ),
+    }
+    for name, call in calls.items():
+        for launch in table.launches_of(call):
+            assert max((1, *launch.grid[1:])) < 2**16, (name, launch.grid)
+            assert launch.grid[0] < 2**31, (name, launch.grid)
+
+
 @pytest.mark.parametrize("module", ["gradstats.kernels", "gradstats.kernels.linear_config"])
 def test_import_is_light(module):
     code = f"import sys, {module}; sys.exit('triton' in sys.modules)"
