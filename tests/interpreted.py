@@ -1,4 +1,4 @@
-"""What the checks of Triton kernels under the interpreter share.
+"""What the checks of Triton kernels share: under the interpreter, and compiled, on a card.
 
 The interpreter has to be chosen before the kernels are imported, so the checks (functions named
 `check_*`) run in a pytest process of their own, started by one test per file.
@@ -6,6 +6,7 @@ The interpreter has to be chosen before the kernels are imported, so the checks 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ TOLERANCE = {
     torch.bfloat16: (2e-3, 2e-3, 8e-3),
     torch.float16: (2e-3, 2e-3, 1e-3),
 }
+DEVICE = os.environ.get("GRADSTATS_CHECKED_ON", "cpu")
 LAYOUTS = ("contiguous", "positions first", "every other", "one off", "expanded", "all alike")
 
 
@@ -29,14 +31,19 @@ def version(module) -> tuple[int, ...]:
     return tuple(int(part) for part in module.__version__.split(".")[:2])
 
 
-def run_checks(file: str) -> None:
+def run_checks(file: str, device: str = "cpu") -> None:
     triton = pytest.importorskip("triton")
-    if version(triton) < (3, 7) and version(numpy) >= (2, 4):
+    if device == "cpu" and version(triton) < (3, 7) and version(numpy) >= (2, 4):
         pytest.skip("the interpreter of triton < 3.7 fails with numpy >= 2.4")
     command = [sys.executable, "-m", "pytest", file, "-p", "no:cacheprovider"]
+    env = {"TRITON_INTERPRET": str(int(device == "cpu")), "GRADSTATS_CHECKED_ON": device}
+    if device != "cpu":
+        env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic algorithms ask for
+        if importlib.util.find_spec("xdist"):  # hundreds of kernels to compile
+            command += ["-n", str(min(8, os.cpu_count() or 1))]
     result = subprocess.run(
         [*command, "-o", "python_functions=check_*"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, **env},
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
@@ -50,10 +57,13 @@ def poisoned():
     """Fresh memory holds NaN, so that whatever a kernel fails to write shows."""
     torch.manual_seed(0)
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    assert torch.ones(1).new_empty(3).isnan().all()
-    yield
+    # Only a warning for the reference's operations that a card does in any order.
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # else dW, where the library's, has ten bits
+    with torch.device(DEVICE):
+        assert torch.empty(3).isnan().all()
+        assert torch.ones(1).new_empty(3).isnan().all()
+        yield
     torch.use_deterministic_algorithms(before)
 
 

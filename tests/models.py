@@ -144,5 +144,6 @@ def plain_layers() -> nn.Module:
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
     """Mean over samples of a smooth function of the output that treats no two entries alike."""
     out = model(batch)
-    weights = torch.linspace(0.5, 1.5, out[0].numel(), dtype=out.dtype).view(out[0].shape)
+    n, like = out[0].numel(), {"dtype": out.dtype, "device": out.device}
+    weights = torch.linspace(0.5, 1.5, n, **like).view(out[0].shape)
     return ((out - 0.3) * weights).square().flatten(1).sum(1).mean()

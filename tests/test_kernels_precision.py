@@ -117,7 +117,8 @@ def far(*shape: int, dim: int, dtype=torch.float32) -> tuple[torch.Tensor, torch
     assert shape[dim] > 2  # the stride fits in 32 bits, its multiple does not
     values = torch.randn(shape).to(dtype)
     try:
-        room = torch.UntypedStorage((shape[dim] - 1) * FAR * 4 + 4 * values[0].numel() * 8)
+        size = (shape[dim] - 1) * FAR * 4 + 4 * values[0].numel() * 8
+        room = torch.UntypedStorage(size, device=values.device)
     except RuntimeError:  # overcommit is off
         pytest.skip("no address space for 2³¹ elements")
     strides = list(values.stride())
