@@ -6,18 +6,49 @@ to pass here before it is timed, and its failure leaves the other variants alone
 
 from __future__ import annotations
 
+import functools
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import checkout
 import torch
 from torch import Tensor
 
 from gradstats import backends, reference
+from gradstats.errors import first_line
 from gradstats.ops import ops
 
 NAMES = {False: "hopper norms", True: "hopper norms+moments"}
 DW, NORMS, M2 = 0, 2, 4  # among the outputs of linear_stats
 DW_TOLERANCE = 2**-7  # rounded to bfloat16 or float16, over the largest element
+PATIENCE = 90  # seconds
+FIRST = """
+import checkout
+import torch
+from gradstats import backends
+x, g = (torch.randn(3, 130, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+for moments in (False, True):
+    backends.extension()[0].linear_stats_cuda(x, g, True, True, moments)
+    torch.cuda.synchronize()
+"""
+
+
+@functools.cache
+def refusal() -> str | None:
+    """Why the kernel cannot be called here. It is asked once in a process that can be given up: a
+    barrier that nobody completes would hang, an illegal access would end this process's context."""
+    try:
+        subprocess.run(
+            [sys.executable, "-c", FIRST], cwd=checkout.BENCH, timeout=PATIENCE, check=True,
+            capture_output=True, text=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"its first call did not return within {PATIENCE} s"
+    except subprocess.CalledProcessError as error:
+        return f"its first call failed: {(error.stderr.strip() or 'no word').splitlines()[-1]}"
+    return None
 
 
 def stats(moments: bool) -> Callable[[Tensor, Tensor], Any]:
@@ -64,10 +95,12 @@ def variants(
     """What is timed beside the other variants: nothing where it cannot run or is wrong."""
     why = backends.refusal("cuda", "linear_stats", device, dtype)
     if why is None:
+        why = refusal()
+    if why is None:
         try:
             why = why_wrong(*make(), few, tolerance)
-        except (RuntimeError, NotImplementedError) as error:
-            why = str(error).splitlines()[0]
+        except RuntimeError as error:
+            why = first_line(error)
     if why is not None:
         print(f"{name}: hopper is not timed: {why}", flush=True)
         return {}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -63,6 +66,45 @@ def test_gpu_dry_run() -> None:
     operations = ("linear", "norm", "embedding", "conv", "tied", "multi")
     text = _run("gpu.py", "--dry-run", "--only", *operations)
     assert text.endswith("dry run on the CPU: every check passed\n")
+
+
+def eventful(args, device, done, tell) -> None:
+    """What a process that measures may come to."""
+    for name in ("right", "wrong", "dies", "hangs", "right again", "too late"):
+        if name in done:
+            continue
+        tell("begun", name, None)
+        if name == "dies":
+            os._exit(7)
+        if name in ("hangs", "too late"):
+            time.sleep(60)
+        row = {"case": name, "variant": "norms", "seconds": 1e-3, "ratio": 1.0, "limit": None,
+               "ratio_quartiles": [1.0, 1.0], "within": None, "tflops": None, "gb_per_s": None,
+               "error": 0.0, "remark": ""}  # fmt: skip
+        tell(*(("failed", name, "off by 2") if name == "wrong" else ("rows", name, [row])))
+        if name == "wrong":  # as after an error of CUDA's own
+            os._exit(1)
+    tell("end", "", None)
+
+
+def test_a_gpu_run_outlives_its_cases(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    module = importlib.import_module("gpu")
+    monkeypatch.setattr(module, "METHOD", "fork")  # starts at once
+    out = tmp_path / "gpu.json"
+    report = {"failed": {}, "rows": []}
+    module.supervise(argparse.Namespace(json=out), report, eventful, patience=1)
+    written = json.loads(out.read_text())
+    assert written == report
+    assert [row["case"] for row in written["rows"]] == ["right", "right again"]
+    reasons = {
+        "wrong": "off by 2",
+        "dies": "exit code 7",
+        "hangs": "no word",
+        "too late": "no word",
+    }
+    assert set(written["failed"]) == set(reasons)
+    assert all(why in written["failed"][name] for name, why in reasons.items())
 
 
 def test_conformance_of_gradstats_alone(tmp_path: Path) -> None:
