@@ -12,33 +12,17 @@
 
 namespace gradstats {
 
-class ConvShortcut : Layer {
+class ConvShortcut : public LayerShortcut<ConvShortcut> {
  public:
-  using Layer::Layer;
+  using LayerShortcut::LayerShortcut;
 
-  py::object operator()(const py::object& module, const py::object&,
-                        const py::object& input) const {
-    const auto found = call(module, input);
-    if (!found.has_value()) return not_taken();
-    const int64_t spatial = found->weight.dim() - 2;
-    const auto options = spatial < 1 || found->x.dim() != spatial + 2
-                             ? std::nullopt
-                             : options_of(module.ptr(), spatial);
-    if (!options.has_value()) return not_taken();
-    const auto [of_weight, of_bias] = noted();
-    at::Tensor out;
-    {
-      const py::gil_scoped_release released;
-      out = cpu::conv(found->x, found->weight, found->bias, *options, of_weight, of_bias);
-    }
-    return wrap(std::move(out));
-  }
+  static constexpr auto run = &cpu::conv;
 
- private:
-  // What the module says now, where it pads with a given number of zeros, if at all.
-  static std::optional<cpu::ConvOptions> options_of(PyObject* module, int64_t spatial) {
+  // Where it pads with a given number of zeros, if at all.
+  static std::optional<cpu::ConvOptions> options(PyObject* module, const cpu::LayerCall& call) {
+    const int64_t spatial = call.weight.dim() - 2;
     PyObject* const mode = own(module, names().padding_mode);
-    if (mode == nullptr || !PyUnicode_Check(mode) ||
+    if (spatial < 1 || call.x.dim() != spatial + 2 || mode == nullptr || !PyUnicode_Check(mode) ||
         PyUnicode_CompareWithASCIIString(mode, "zeros") != 0) {
       return std::nullopt;
     }
@@ -50,6 +34,7 @@ class ConvShortcut : Layer {
     return cpu::ConvOptions{std::move(*stride), std::move(*padding), std::move(*dilation), *groups};
   }
 
+ private:
   // A tuple of that many numbers.
   static std::optional<std::vector<int64_t>> sizes(PyObject* tuple, int64_t count) {
     if (tuple == nullptr || !PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != count) {

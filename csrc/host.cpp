@@ -77,10 +77,9 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
     return gradstats::row_of(
         joint.is_none() ? nullptr : std::make_shared<Link>(Link{gradstats::hold(joint)}));
   };
-  auto of_weight = row_of(joint_w), of_bias = row_of(joint_b);
+  gradstats::cpu::LinearDeliveries rows{row_of(joint_w), row_of(joint_b), {}};
   const py::gil_scoped_release released;
-  return gradstats::cpu::linear(x, weight, bias, {row_w, m2_w}, {row_b, m2_b}, std::move(of_weight),
-                                std::move(of_bias));
+  return gradstats::cpu::linear({x, weight, bias, {row_w, m2_w}, {row_b, m2_b}}, std::move(rows));
 }
 
 }  // namespace

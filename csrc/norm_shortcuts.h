@@ -4,38 +4,26 @@
 #include <ATen/ATen.h>
 
 #include <optional>
-#include <utility>
 
-#include "cpu/group_norm_node.h"
-#include "cpu/layer_norm_node.h"
+#include "cpu/norm_nodes.h"
 #include "layer_shortcut.h"
 
 namespace gradstats {
 
-class LayerNormShortcut : Layer {
+class LayerNormShortcut : public LayerShortcut<LayerNormShortcut> {
  public:
-  using Layer::Layer;
+  using LayerShortcut::LayerShortcut;
 
-  py::object operator()(const py::object& module, const py::object&,
-                        const py::object& input) const {
-    const auto found = call(module, input);
-    if (!found.has_value()) return not_taken();
-    PyObject* const shape = own(module.ptr(), names().normalized_shape);
-    PyObject* const eps = own(module.ptr(), names().eps);
-    const at::IntArrayRef sizes = found->weight.sizes();
-    const auto last = static_cast<int64_t>(sizes.size());
-    if (!same(shape, sizes) || eps == nullptr || !PyFloat_Check(eps) || found->x.dim() <= last ||
-        found->x.sizes().slice(found->x.dim() - last) != sizes) {
-      return not_taken();
+  static constexpr auto run = &cpu::layer_norm;
+
+  static std::optional<double> options(PyObject* module, const cpu::LayerCall& call) {
+    const at::IntArrayRef shape = call.weight.sizes();
+    const auto last = static_cast<int64_t>(shape.size());
+    if (!same(own(module, names().normalized_shape), shape) || call.x.dim() <= last ||
+        call.x.sizes().slice(call.x.dim() - last) != shape) {
+      return std::nullopt;
     }
-    const auto [of_weight, of_bias] = noted();
-    at::Tensor out;
-    {
-      const double added = PyFloat_AS_DOUBLE(eps);
-      const py::gil_scoped_release released;
-      out = cpu::layer_norm(found->x, sizes, found->weight, found->bias, added, of_weight, of_bias);
-    }
-    return wrap(std::move(out));
+    return real(own(module, names().eps));
   }
 
  private:
@@ -53,30 +41,22 @@ class LayerNormShortcut : Layer {
   }
 };
 
-class GroupNormShortcut : Layer {
+class GroupNormShortcut : public LayerShortcut<GroupNormShortcut> {
  public:
-  using Layer::Layer;
+  using LayerShortcut::LayerShortcut;
 
-  py::object operator()(const py::object& module, const py::object&,
-                        const py::object& input) const {
-    const auto found = call(module, input);
-    if (!found.has_value()) return not_taken();
-    const std::optional<int64_t> groups = whole(own(module.ptr(), names().num_groups));
-    PyObject* const eps = own(module.ptr(), names().eps);
-    const at::Tensor &x = found->x, &weight = found->weight;
-    if (!groups.has_value() || *groups < 1 || eps == nullptr || !PyFloat_Check(eps) ||
-        weight.dim() != 1 || weight.numel() == 0 || x.size(1) != weight.numel() ||
-        x.size(1) % *groups != 0) {
-      return not_taken();
+  static constexpr auto run = &cpu::group_norm;
+
+  static std::optional<cpu::GroupNormOptions> options(PyObject* module,
+                                                      const cpu::LayerCall& call) {
+    const auto groups = whole(own(module, names().num_groups));
+    const auto eps = real(own(module, names().eps));
+    const int64_t channels = call.x.size(1);
+    if (!groups || !eps || *groups < 1 || channels == 0 || channels % *groups != 0 ||
+        call.weight.dim() != 1 || call.weight.numel() != channels) {
+      return std::nullopt;
     }
-    const auto [of_weight, of_bias] = noted();
-    at::Tensor out;
-    {
-      const double added = PyFloat_AS_DOUBLE(eps);
-      const py::gil_scoped_release released;
-      out = cpu::group_norm(x, *groups, weight, found->bias, added, of_weight, of_bias);
-    }
-    return wrap(std::move(out));
+    return cpu::GroupNormOptions{*groups, *eps};
   }
 };
 

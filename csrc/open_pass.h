@@ -141,11 +141,8 @@ class Shortcuts {
   const at::Tensor& row(size_t i) const {
     return THPVariable_Unpack(PyTuple_GET_ITEM(rows_.ptr(), i));
   }
-  std::shared_ptr<Link> use(size_t row, const py::str& name, const py::object& by) {
-    note(name, by);
-    return links_[row] = std::make_shared<Link>();
-  }
-  // The same for a layer whose uses do not meet others.
+  // Where the uses of a parameter that a shortcut uses meet, should there be others.
+  std::shared_ptr<Link> meeting(size_t row) { return links_[row] = std::make_shared<Link>(); }
   void note(const py::str& name, const py::object& by) { uses_[name] = by; }
   // (UseOf(open frames, no part),): the frame of the layer itself is over by the time it matters.
   py::object uses_here() const {

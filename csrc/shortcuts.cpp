@@ -23,28 +23,16 @@
 namespace gradstats {
 namespace {
 
-class LinearShortcut : Layer {
+class LinearShortcut : public LayerShortcut<LinearShortcut> {
  public:
-  using Layer::Layer;
+  using LayerShortcut::LayerShortcut;
 
-  py::object operator()(const py::object& module, const py::object&,
-                        const py::object& input) const {
-    const auto found = call(module, input);
-    if (!found.has_value()) return not_taken();
-    const py::object used = of_->uses_here();
-    const auto row_of_use = [&](const std::optional<Place>& of) {
-      return of.has_value() ? row_of(of_->use(of->row, of->name, used)) : cpu::RowOf();
-    };
-    const cpu::Probe of_weight = probe(weight_), of_bias = probe(bias_);
-    cpu::RowOf row_of_weight = row_of_use(weight_), row_of_bias = row_of_use(bias_);
-    at::Tensor out;
-    {
-      const py::gil_scoped_release released;
-      out = cpu::linear(found->x, found->weight, found->bias, of_weight, of_bias,
-                        std::move(row_of_weight), std::move(row_of_bias),
-                        {of_->grad_norms(), weight_->row});
-    }
-    return wrap(std::move(out));
+  static constexpr auto run = &cpu::linear;
+
+  std::optional<cpu::LinearDeliveries> options(PyObject*, const cpu::LayerCall&) const {
+    return cpu::LinearDeliveries{row_of(of_->meeting(weight_.row)),
+                                 bias_.has_value() ? row_of(of_->meeting(bias_->row)) : nullptr,
+                                 {of_->grad_norms(), weight_.row}};
   }
 };
 

@@ -1,4 +1,5 @@
-"""The extension's autograd node of linear layers: where it is taken, and that it does what Python's does."""
+"""The extension's autograd node of linear layers: where it is taken, and that it does what Python's does, as
+far as test_layer_nodes.py does not ask that of all nodes."""
 
 from __future__ import annotations
 
@@ -61,20 +62,6 @@ def test_the_node_is_taken_where_the_extension_serves(model) -> None:
         assert not is_native(model(torch.randn(4, 5).half()))
 
 
-def test_a_backend_named_for_the_backward_alone(model) -> None:
-    x = torch.randn(6, 5)
-    with gradstats.attach(model) as monitor:
-        out = loss(model, x)
-        assert is_native(out)
-        seen = []
-        with backends.use("reference"):
-            ops.observers.append(lambda op, args, results: seen.append(op))
-            out.backward()
-            ops.observers.pop()
-        assert "linear_stats" in seen
-        assert_matches(monitor.step(), per_sample_gradients(model, loss, x), 1e-5)
-
-
 @pytest.mark.parametrize("moments", [False, True])
 @pytest.mark.parametrize("shape", [(6, 5), (6, 4, 5), (6, 2, 3, 5)])
 def test_as_pythons(model, shape, moments) -> None:
@@ -93,19 +80,6 @@ def test_as_pythons(model, shape, moments) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
-def test_only_what_is_asked_for(model) -> None:
-    """autograd.grad with respect to some inputs computes no other gradients."""
-    x = torch.randn(6, 5, requires_grad=True)
-    with gradstats.attach(model):
-        want = torch.autograd.grad(model(x).sum(), x)[0]
-        assert model[0].weight.grad is None
-        (weight,) = torch.autograd.grad(model(x).sum(), model[2].weight)
-    model.zero_grad()
-    plain = torch.autograd.grad(model(x).sum(), [x, model[2].weight])
-    torch.testing.assert_close(want, plain[0])
-    torch.testing.assert_close(weight, plain[1])
-
-
 def test_frozen_parts(model) -> None:
     model[0].weight.requires_grad_(False)
     x = torch.randn(6, 5)
@@ -121,28 +95,11 @@ def test_frozen_parts(model) -> None:
         )
 
 
-def test_second_derivatives_are_refused(model) -> None:
-    x = torch.randn(6, 5, requires_grad=True)
-    with gradstats.attach(model):
-        (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice a function that was marked"):
-            g.square().sum().backward()
-
-
 def test_a_graph_that_was_used_up(model) -> None:
     with gradstats.attach(model):
         out = model(torch.randn(6, 5)).sum()
         out.backward()
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-            out.backward()
-
-
-def test_an_input_changed_in_place_is_found(model) -> None:
-    x = torch.randn(6, 5)
-    with gradstats.attach(model):
-        out = model(x).sum()
-        x.add_(1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.backward()
 
 

@@ -1,7 +1,6 @@
 // A convolution whose backward delivers statistics.
 #pragma once
 
-#include <optional>
 #include <vector>
 
 #include "layer_node.h"
@@ -15,7 +14,6 @@ struct ConvOptions {
 };
 
 // x (B, I, *spatial) ⋆ weight (O, I / groups, *kernel).
-Tensor conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-            const ConvOptions& options, const Probe& of_weight, const Probe& of_bias);
+Tensor conv(const LayerCall& call, ConvOptions options);
 
 }  // namespace gradstats::cpu

@@ -44,14 +44,14 @@ Tensor row_gradient(const Tensor& sq_norm) {
   return row;
 }
 
-void put(variable_list& results, const Given& given, Input parameter, IntArrayRef shape,
+void put(variable_list& results, const Wanted& wanted, Input parameter, IntArrayRef shape,
          const Tensor& grad, const Tensor& sq_norm, const Tensor& m2) {
   const bool weight = parameter == kWeight;
   const Input row = weight ? kRowOfWeight : kRowOfBias, of_m2 = weight ? kM2OfWeight : kM2OfBias;
   const auto shaped = [&](const Tensor& t) { return t.sizes() == shape ? t : t.reshape(shape); };
-  if (given.wants(parameter)) results[parameter] = shaped(grad);
-  if (given.wants(row)) results[row] = row_gradient(sq_norm);
-  if (given.wants(of_m2)) results[of_m2] = shaped(m2);
+  if (wanted[parameter]) results[parameter] = shaped(grad);
+  if (wanted[row]) results[row] = row_gradient(sq_norm);
+  if (wanted[of_m2]) results[of_m2] = shaped(m2);
 }
 
 variable_list once(const Tensor& grad, const char* layer, variable_list results) {

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <optional>
 
 #include "grad_norms.h"
 #include "layer_node.h"
@@ -21,9 +20,12 @@ struct Keeping {
   size_t row = 0;
 };
 
+struct LinearDeliveries {
+  RowOf weight, bias;
+  Keeping keeping;
+};
+
 // y = x Wᵀ + b for x (B, …, I) of at least two dimensions.
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-              const Probe& of_weight, const Probe& of_bias, RowOf row_of_weight, RowOf row_of_bias,
-              Keeping keeping = {});
+Tensor linear(const LayerCall& call, LinearDeliveries deliveries);
 
 }  // namespace gradstats::cpu

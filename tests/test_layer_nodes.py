@@ -1,6 +1,5 @@
-"""The extension's autograd nodes of GroupNorm and convolutions: where they are taken, and that they do what
-Python's do. What all nodes have in common is asked of LayerNorm's too, whose own tests are in
-test_layer_norm_node.py."""
+"""The extension's autograd nodes: where they are taken, and that they do what Python's do. What is one kind's
+alone is in test_layer_norm_node.py and test_linear_node.py."""
 
 from __future__ import annotations
 
@@ -34,6 +33,17 @@ def conv(make: Callable[[], nn.Module], *shape: int) -> Case:
     return Case(make, shape, "ConvNode", "conv_stats")
 
 
+def layer_norm(make: Callable[[], nn.Module], *shape: int) -> Case:
+    return Case(make, shape, "LayerNormNode", "layer_norm_stats")
+
+
+LAYER_NORMS = {
+    "rows": layer_norm(lambda: nn.LayerNorm(5), 6, 4, 3, 5),
+    "vectors": layer_norm(lambda: nn.LayerNorm(5, bias=False), 6, 5),
+    "many rows, no bias": layer_norm(lambda: nn.LayerNorm(5, bias=False), 6, 300, 5),
+    "two dimensions": layer_norm(lambda: nn.LayerNorm((3, 5)), 6, 2, 3, 5),
+    "one sample": layer_norm(lambda: nn.LayerNorm(33), 1, 4, 33),
+}
 NORMS = {
     "pictures": Case(lambda: nn.GroupNorm(2, 6), (5, 6, 4, 3)),
     "no bias": Case(lambda: biasless(nn.GroupNorm(3, 6)), (5, 6, 7)),
@@ -53,11 +63,12 @@ CONVS = {
     "one sample": conv(lambda: nn.Conv2d(3, 4, 3), 1, 3, 5, 5),
 }
 CASES = {
+    **{f"layer norm: {k}": v for k, v in LAYER_NORMS.items()},
     **{f"norm: {k}": v for k, v in NORMS.items()},
     **{f"conv: {k}": v for k, v in CONVS.items()},
 }
-OF_ROWS = Case(lambda: nn.LayerNorm(5), (6, 4, 3, 5), "LayerNormNode", "layer_norm_stats")
-FEW = [NORMS["pictures"], CONVS["2d"], OF_ROWS]
+LINEAR = Case(lambda: nn.Linear(5, 7), (6, 4, 3, 5), "LinearNode", "linear_stats")
+FEW = [NORMS["pictures"], CONVS["2d"], LAYER_NORMS["rows"], LINEAR]
 each = pytest.mark.parametrize("case", FEW, ids=lambda case: case.node)
 
 
@@ -143,7 +154,7 @@ def test_strided_and_channels_last(case) -> None:
 
 
 def left_to_python() -> dict[str, tuple[nn.Module, Case]]:
-    picture, norm = CONVS["2d"], NORMS["pictures"]
+    picture, norm, rows = CONVS["2d"], NORMS["pictures"], LAYER_NORMS["rows"]
 
     def changed(case: Case, change: Callable[[nn.Module], object]) -> tuple[nn.Module, Case]:
         layer = case.make()
@@ -157,9 +168,11 @@ def left_to_python() -> dict[str, tuple[nn.Module, Case]]:
         layer._conv_forward = lambda x, w, b: F.conv2d(x, w * 2, b)
 
     return {
-        "frozen bias of a norm": changed(norm, lambda m: m.bias.requires_grad_(False)),
+        "frozen bias of a GroupNorm": changed(norm, lambda m: m.bias.requires_grad_(False)),
+        "frozen bias of a LayerNorm": changed(rows, lambda m: m.bias.requires_grad_(False)),
         "frozen weight of a convolution": changed(picture, lambda m: m.weight.requires_grad_(False)),
         "an eps that is no float": changed(norm, lambda m: setattr(m, "eps", 1)),
+        "a LayerNorm's eps that is no float": changed(rows, lambda m: setattr(m, "eps", 1)),
         "padding by name": (nn.Conv2d(3, 4, 3, padding="same"), picture),
         "another padding": (nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), picture),
         "a stride that is one number": changed(picture, lambda m: setattr(m, "stride", 2)),
@@ -224,14 +237,18 @@ class Again(nn.Module):
             return checkpoint(self.layer, first, use_reentrant=False)
         if self.how == "scale":
             return first * self.layer.weight.flatten()[0]
+        parameters = self.layer.weight, self.layer.bias
         if isinstance(self.layer, nn.GroupNorm):
-            return F.group_norm(first, 1, self.layer.weight, self.layer.bias)
-        return F.conv2d(first, self.layer.weight, self.layer.bias)
+            return F.group_norm(first, 1, *parameters)
+        if isinstance(self.layer, nn.LayerNorm):
+            return F.layer_norm(first, (3,), *parameters)
+        return F.conv2d(first, *parameters)
 
 
 @pytest.mark.parametrize("how", ["module", "function", "scale", "checkpoint"])
 @pytest.mark.parametrize(
-    "make", [lambda: nn.GroupNorm(2, 4), lambda: nn.Conv2d(4, 4, 3, padding=1)]
+    "make",
+    [lambda: nn.GroupNorm(2, 4), lambda: nn.LayerNorm(3), lambda: nn.Conv2d(4, 4, 3, padding=1)],
 )
 def test_several_uses(how, make) -> None:
     torch.manual_seed(5)
@@ -273,7 +290,7 @@ def test_autocast_is_left_to_python(case) -> None:
     with gradstats.attach(model) as monitor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = model(x)
-        assert not is_native(out, case)
+        assert is_native(out, case) == (case is LINEAR)  # whose node Python takes too
         out.float().square().mean().backward()
         assert monitor.step().coverage.fraction == 1
 
@@ -311,7 +328,7 @@ def test_second_derivatives_are_refused(case) -> None:
     with gradstats.attach(model):
         (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         with pytest.raises(
-            RuntimeError, match=r"differentiate twice.*backward of a (Group|Layer|conv)"
+            RuntimeError, match=r"differentiate twice.*backward of a (Group|Layer|conv|lin)"
         ):
             g.square().sum().backward()
 
