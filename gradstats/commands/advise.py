@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from gradstats.commands.options import AsJson
-from gradstats.commands.running import one_line, print_json, say_written
+from gradstats.commands.running import check_outputs, hand_over, one_line, print_json, say_written
 
 
 def register(application: Any) -> None:
@@ -74,10 +74,8 @@ def register(application: Any) -> None:
         """
         with one_line():
             from gradstats.workbench import advise as bench
-            from gradstats.workbench import saved
 
-            if out is not None:
-                saved.require_writable(out)
+            check_outputs(out)
             if tasks:
                 _list(bench.STARTING_POINTS, as_json)
                 raise typer.Exit
@@ -104,17 +102,9 @@ def register(application: Any) -> None:
                 device_hour_price=price,
                 batch_norm=batch_norm,
             )
-            content = {
-                "target": target, "environment": saved.environment(), **found.to_dict(),
-            }  # fmt: skip
-            if as_json:
-                print_json(content)
-            else:
-                _show(found, evidence)
-            if out is not None:  # last: where the disk is full, the plan has been shown
-                saved.write(out, "advise", content)
-                if not as_json:
-                    say_written(out)
+            hand_over("advise", target, found, lambda: _show(found, evidence), out, as_json)
+            if not as_json:
+                say_written(out)
 
 
 def _list(points: Any, as_json: bool) -> None:

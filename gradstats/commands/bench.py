@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from gradstats.commands.options import AsJson
-from gradstats.commands.running import INTERRUPTED, one_line, print_json, say_written
+from gradstats.commands.running import INTERRUPTED, check_outputs, one_line, print_json, say_written
 from gradstats.errors import GradStatsError
 
 
@@ -61,15 +61,13 @@ def register(application: Any) -> None:
             if compare is not None:
                 raise typer.Exit(_compare(*compare, fail_on, as_json))
             from gradstats.commands.progress import Progress
-            from gradstats.workbench import saved
             from gradstats.workbench.bench.files import write
             from gradstats.workbench.bench.peers import PEERS
             from gradstats.workbench.bench.suite import Suite
             from gradstats.workbench.bench.suite import bench as run
             from gradstats.workbench.workload import load
 
-            if out is not None:
-                saved.require_writable(out)
+            check_outputs(out)
             workload = None if target is None else load(target)
             if workload is not None and batch_size is not None:
                 workload.batch_size = batch_size

@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from gradstats.commands.options import AsJson, Target
-from gradstats.commands.running import INTERRUPTED, one_line, print_json, say_written
+from gradstats.commands.running import INTERRUPTED, check_outputs, one_line, print_json, say_written
 
 
 def register(application: Any) -> None:
@@ -73,10 +73,8 @@ def register(application: Any) -> None:
         """
         with one_line():
             from gradstats.commands.progress import Progress
-            from gradstats.workbench import saved
             from gradstats.workbench.critical import Settings, Tolerance, measure_critical
             from gradstats.workbench.critical.picture import draw
-            from gradstats.workbench.pictures import require_drawable
             from gradstats.workbench.workload import load
 
             settings = Settings(
@@ -84,11 +82,7 @@ def register(application: Any) -> None:
                 evaluations, held_out, evaluation_samples, seeds, seed,
             )  # fmt: skip
             limit = Tolerance.parse(tolerance)
-            if out is not None:
-                saved.require_writable(out)
-            if picture is not None:
-                require_drawable(picture)
-                saved.require_writable(picture)
+            check_outputs(out, picture)
             workload = load(target, seed=seed)
             try:
                 with Progress("critical") as progress:

@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from gradstats.commands.options import AsJson, Out, Seed, Target
-from gradstats.commands.running import INTERRUPTED, one_line, print_json, say_written
+from gradstats.commands.running import INTERRUPTED, check_outputs, hand_over, one_line, say_written
 from gradstats.errors import InvalidArgumentError
 
 
@@ -84,28 +84,15 @@ def _run(
     as_json: bool,
 ) -> int:
     from gradstats.commands.progress import Progress
-    from gradstats.workbench import saved
     from gradstats.workbench.lr_range import lr_range
     from gradstats.workbench.lr_range.chart import draw
-    from gradstats.workbench.pictures import require_drawable
     from gradstats.workbench.workload import load
 
-    if out is not None:
-        saved.require_writable(out)
-    if picture is not None:
-        require_drawable(picture)
-        saved.require_writable(picture)
+    check_outputs(out, picture)
     workload = load(target, seed=seed)
     with Progress("lr-range") as progress:
         found = lr_range(workload, report=progress, **options)
-    content = {"target": target, "environment": saved.environment(), **found.to_dict()}
-    if as_json:
-        print_json(content)
-    else:
-        _show(found)
-    # Last: where the disk is full, the result has been shown.
-    if out is not None:
-        saved.write(out, "lr_range", content)
+    hand_over("lr_range", target, found, lambda: _show(found), out, as_json)
     if not found.curves:
         picture = None
     if picture is not None:

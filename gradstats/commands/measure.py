@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from gradstats.commands.options import AsJson, Out, Seed, Target
-from gradstats.commands.running import INTERRUPTED, one_line, print_json, say_written
+from gradstats.commands.running import INTERRUPTED, check_outputs, hand_over, one_line, say_written
 
 LAYERS = 8  # rows of the table
 NAMED = 4  # parameters that are named in a line
@@ -64,11 +64,9 @@ def register(application: Any) -> None:
             from gradstats.commands.progress import Progress
             from gradstats.loggers import JsonLines
             from gradstats.workbench import measure as bench
-            from gradstats.workbench import saved
             from gradstats.workbench.workload import load
 
-            if out is not None:
-                saved.require_writable(out)
+            check_outputs(out)
             workload = load(target, seed=seed)
             sinks = [] if log is None else [JsonLines(log)]
             with Progress("measure") as progress:
@@ -94,15 +92,7 @@ def register(application: Any) -> None:
                     sinks=sinks,
                     report=report,
                 )
-            content = {
-                "target": target, "environment": saved.environment(), **found.to_dict(),
-            }  # fmt: skip
-            if as_json:
-                print_json(content)
-            else:
-                _show(found)
-            if out is not None:  # last: where the disk is full, the result has been shown
-                saved.write(out, "measure", content)
+            hand_over("measure", target, found, lambda: _show(found), out, as_json)
             if not as_json:
                 kept = [sink.path for sink in sinks if sink.error is None]
                 say_written(*kept, out)

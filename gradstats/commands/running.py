@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,32 @@ def print_json(value: Any) -> None:
     from gradstats.workbench.saved import plain
 
     print(json.dumps(plain(value), allow_nan=False), flush=True)
+
+
+def check_outputs(out: Path | None, picture: Path | None = None) -> None:
+    """Raise where a result or its picture could not be written: to be told before long work."""
+    from gradstats.workbench import pictures, saved
+
+    if picture is not None:
+        pictures.require_drawable(picture)
+    for path in (out, picture):
+        if path is not None:
+            saved.require_writable(path)
+
+
+def hand_over(
+    kind: str, target: str | None, found: Any, show: Callable[[], object], out: Path | None, as_json: bool
+) -> None:  # fmt: skip
+    """Print a result, as JSON or by `show`, then write it: where the disk is full, it has been shown."""
+    from gradstats.workbench import saved
+
+    content = {"target": target, "environment": saved.environment(), **found.to_dict()}
+    if as_json:
+        print_json(content)
+    else:
+        show()
+    if out is not None:
+        saved.write(out, kind, content)
 
 
 def say_written(*files: Path | None) -> None:

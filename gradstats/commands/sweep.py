@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from gradstats.commands.options import AsJson, Target
-from gradstats.commands.running import INTERRUPTED, one_line, print_json, say_written
+from gradstats.commands.running import INTERRUPTED, check_outputs, one_line, print_json, say_written
 
 
 def register(application: Any) -> None:
@@ -83,7 +83,6 @@ def register(application: Any) -> None:
             from gradstats.errors import InvalidArgumentError
             from gradstats.workbench import saved
             from gradstats.workbench import sweep as sweeps
-            from gradstats.workbench.pictures import require_drawable
 
             if not out.name or out.is_dir():
                 raise InvalidArgumentError(f"--out {out} is a folder; name a file")
@@ -108,10 +107,7 @@ def register(application: Any) -> None:
                 target_loss,
                 threads,
             )
-            saved.require_writable(out)
-            if picture is not None:
-                require_drawable(picture)
-                saved.require_writable(picture)
+            check_outputs(out, picture)
             with screen.Screen(settings) as report:
                 found = sweeps.sweep(
                     settings,

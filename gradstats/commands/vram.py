@@ -12,7 +12,14 @@ import typer
 from typer import Argument, Option
 
 from gradstats.commands.options import AsJson, Seed
-from gradstats.commands.running import INTERRUPTED, one_line, print_json, say_written
+from gradstats.commands.running import (
+    INTERRUPTED,
+    check_outputs,
+    hand_over,
+    one_line,
+    print_json,
+    say_written,
+)
 from gradstats.errors import InvalidArgumentError
 
 
@@ -69,10 +76,7 @@ def register(application: Any) -> None:
 
 
 def _run(target: str, options: dict[str, Any], out: Path | None, as_json: bool) -> int:
-    from gradstats.workbench import saved
-
-    if out is not None:
-        saved.require_writable(out)
+    check_outputs(out)
     with _ranks() as first:
         return _search(target, options, out, as_json, first)
 
@@ -86,7 +90,6 @@ def _search(
 ) -> int:
     from rich.console import Console
 
-    from gradstats.workbench import saved
     from gradstats.workbench.vram import largest_micro_batch
 
     progress = Console(stderr=True, highlight=False)
@@ -96,13 +99,8 @@ def _search(
             progress.print(text, markup=False)
 
     found = largest_micro_batch(target, report=report, **options)
-    content = {"target": target, "environment": saved.environment(), **found.to_dict()}
-    if first and as_json:
-        print_json(content)
-    elif first:
-        _show(found)
-    if first and out is not None:  # last: where the disk is full, the result has been shown
-        saved.write(out, "vram", content)
+    if first:
+        hand_over("vram", target, found, lambda: _show(found), out, as_json)
     if first and not as_json:
         say_written(out)
     if found.limited_by == "interrupted":
