@@ -28,7 +28,7 @@ from gradstats.options import Options, at_least
 from gradstats.per_sample import PerSample
 from gradstats.rank_means import RankMeans
 from gradstats.series import Columns, Series
-from gradstats.source import Source
+from gradstats.source import Source, Told
 from gradstats.stats import Coverage, GradStats
 
 SOURCES: dict[str, Callable[[nn.Module, Options], Source]] = {
@@ -145,7 +145,7 @@ class Monitor:
             InvalidArgumentError: arguments that do not go together; ids where tokens are samples; a
                 mask with `moments=True`.
         """
-        return self._source.samples(ids, num_samples, cu_seqlens, mask)
+        return self._source.samples(Told(ids, num_samples, cu_seqlens, mask))
 
     def _next(self, stats: GradStats | None) -> GradStats | None:
         self._source.enabled = self._cadence.after(self._steps, self._source.enabled)

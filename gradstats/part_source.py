@@ -17,7 +17,7 @@ from gradstats.estimators import NoiseScale
 from gradstats.options import Options
 from gradstats.parts import Call, Forwards
 from gradstats.record import indices_on
-from gradstats.source import Source
+from gradstats.source import Source, Told
 from gradstats.stats import Coverage, GradStats
 
 
@@ -110,15 +110,9 @@ class PartSource(Source):
     def require_unchanged(self) -> None:
         """Nothing is looked for by value here."""
 
-    def samples(
-        self,
-        ids: Tensor | None,
-        num_samples: int | None,
-        cu_seqlens: Tensor | None,
-        mask: Tensor | None,
-    ) -> AbstractContextManager[None]:
+    def samples(self, told: Told) -> AbstractContextManager[None]:
         """See `Monitor.samples`: here only how many they are matters."""
-        return self.forwards.samples(ids, num_samples, cu_seqlens, mask)
+        return self.forwards.samples(told)
 
     def adjust(self, noise: NoiseScale) -> NoiseScale:
         """The noise scale, with the method's name on it."""

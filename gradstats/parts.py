@@ -26,6 +26,7 @@ from gradstats.calls import tensors_in
 from gradstats.errors import BatchDimError, InvalidArgumentError
 from gradstats.ops import call
 from gradstats.record import flags_on, held
+from gradstats.source import Told
 from gradstats.stats import Coverage, GradStats
 
 
@@ -168,23 +169,17 @@ class Forwards:
         )
 
     @contextmanager
-    def samples(
-        self,
-        ids: Tensor | None,
-        num_samples: int | None,
-        cu_seqlens: Tensor | None,
-        mask: Tensor | None,
-    ) -> Iterator[None]:
+    def samples(self, told: Told) -> Iterator[None]:
         """How many samples the forwards inside the block hold; of `ids` and `mask` only that counts."""
         before = self._told
-        if mask is not None:
-            self._told = int(mask.sum())
-        elif cu_seqlens is not None:
-            self._told = len(cu_seqlens) - 1
-        elif num_samples is not None:
-            self._told = num_samples
-        elif ids is not None:
-            self._told = int(ids.max()) + 1
+        if told.mask is not None:
+            self._told = int(told.mask.sum())
+        elif told.cu_seqlens is not None:
+            self._told = len(told.cu_seqlens) - 1
+        elif told.num_samples is not None:
+            self._told = told.num_samples
+        elif told.ids is not None:
+            self._told = int(told.ids.max()) + 1
         else:
             raise InvalidArgumentError("samples() needs num_samples=, ids=, cu_seqlens= or mask=")
         try:

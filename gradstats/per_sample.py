@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
-from gradstats import distributed, record, told
+from gradstats import distributed, record
 from gradstats.comm_hooks import ddp_of, require_means
 from gradstats.errors import GradStatsError
 from gradstats.install import install, uninstall
@@ -16,8 +16,9 @@ from gradstats.options import Options
 from gradstats.order import Order
 from gradstats.ranks import join_ranks, require_joined
 from gradstats.self_check import SelfCheck
-from gradstats.source import Source
+from gradstats.source import Source, Told
 from gradstats.stats import GradStats
+from gradstats.told import samples
 
 
 class PerSample(Source):
@@ -119,16 +120,9 @@ class PerSample(Source):
         """Raises OrderError where the gradients that were read had been changed before."""
         self._order.require_unchanged()
 
-    def samples(
-        self,
-        ids: Tensor | None,
-        num_samples: int | None,
-        cu_seqlens: Tensor | None,
-        mask: Tensor | None,
-    ) -> AbstractContextManager[None]:
+    def samples(self, told: Told) -> AbstractContextManager[None]:
         """See `Monitor.samples`."""
-        moments = self._moments is not None
-        return told.samples(self.interposer, ids, num_samples, cu_seqlens, mask, moments)
+        return samples(self.interposer, told, self._moments is not None)
 
     def fallbacks(self) -> dict[str, tuple[int, str]]:
         """See `Monitor.fallbacks`."""

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from gradstats.estimators import NoiseScale
 from gradstats.stats import GradStats
+
+
+class Told(NamedTuple):
+    """What a user says of the samples of a forward: the arguments of `Monitor.samples`."""
+
+    ids: Tensor | None
+    num_samples: int | None
+    cu_seqlens: Tensor | None
+    mask: Tensor | None
 
 
 class Source(ABC):
@@ -37,13 +46,7 @@ class Source(ABC):
         """Raises OrderError where the gradients that were read had been changed before."""
 
     @abstractmethod
-    def samples(
-        self,
-        ids: Tensor | None,
-        num_samples: int | None,
-        cu_seqlens: Tensor | None,
-        mask: Tensor | None,
-    ) -> AbstractContextManager[None]:
+    def samples(self, told: Told) -> AbstractContextManager[None]:
         """See `Monitor.samples`."""
 
     def adjust(self, noise: NoiseScale) -> NoiseScale:

@@ -11,26 +11,21 @@ from torch import Tensor
 from gradstats.errors import BatchDimError, InvalidArgumentError
 from gradstats.grouping import Counted, Grouping
 from gradstats.interpose import Interposer
+from gradstats.source import Told
 from gradstats.tokens import TokenInterposer
 
 
 @contextmanager
-def samples(
-    interposer: Interposer,
-    ids: Tensor | None,
-    num_samples: int | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    moments: bool,
-) -> Iterator[None]:
+def samples(interposer: Interposer, told: Told, moments: bool) -> Iterator[None]:
     """See `Monitor.samples`. Holds for the forwards inside the block, or the rest of the present one."""
-    for name, given in (("ids", ids), ("cu_seqlens", cu_seqlens), ("mask", mask)):
+    for name in ("ids", "cu_seqlens", "mask"):
+        given = getattr(told, name)
         if given is not None and not isinstance(given, Tensor):
             raise InvalidArgumentError(
                 f"samples({name}=) takes a tensor on the model's device, not {type(given).__name__}"
             )
-    groups = _groups(interposer, ids, num_samples, cu_seqlens)
-    counted = None if mask is None else _counted(interposer, mask, moments)
+    groups = _groups(interposer, told)
+    counted = None if told.mask is None else _counted(interposer, told.mask, moments)
     if groups is None and counted is None:
         raise InvalidArgumentError("samples() needs ids=, cu_seqlens= or mask=")
     holder = interposer.current or interposer
@@ -45,15 +40,14 @@ def samples(
         holder.groups, interposer.counted = before
 
 
-def _groups(
-    interposer: Interposer, ids: Tensor | None, num_samples: int | None, cu_seqlens: Tensor | None
-) -> Grouping | None:
-    if cu_seqlens is not None:
+def _groups(interposer: Interposer, told: Told) -> Grouping | None:
+    ids, num_samples = told.ids, told.num_samples
+    if told.cu_seqlens is not None:
         if ids is not None or num_samples is not None:
             raise InvalidArgumentError(
                 "cu_seqlens= says all that ids= and num_samples= say. Pass it alone."
             )
-        ids, num_samples = _ids(cu_seqlens)
+        ids, num_samples = _ids(told.cu_seqlens)
     if ids is None:
         return None
     if isinstance(interposer, TokenInterposer):

@@ -69,7 +69,7 @@ EDGES = {
     "grouping": {"errors"},
     "probes": {"grouping"},
     "loss_scale": {"errors"},
-    "told": {"errors", "grouping", "interpose", "tokens"},
+    "told": {"errors", "grouping", "interpose", "source", "tokens"},
     "rules": {"ops", "probes", "reference", "rules"},
     "calls": {"errors", "probes"},
     "layout": {"calls", "errors", "probes"},
@@ -116,7 +116,7 @@ EDGES = {
         "calibration", "distributed", "errors", "estimators", "options", "per_sample", "record",
         "stats",
     },
-    "parts": {"calls", "errors", "ops", "record", "stats"},
+    "parts": {"calls", "errors", "ops", "record", "source", "stats"},
     "part_source": {
         "distributed", "errors", "estimators", "options", "parts", "record", "source", "stats",
     },
