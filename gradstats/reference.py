@@ -83,8 +83,9 @@ def sum_stats(c: Tensor, moments: bool) -> tuple[Tensor, Tensor, Tensor]:
     wide = c.to(stats_dtype(c.dtype))
     total = wide.sum(0)
     sq_norm = wide.square().flatten(1).sum(1) if c.dim() > 1 else wide.square()
-    centred = wide - total / max(c.shape[0], 1)
-    m2 = centred.square().sum(0) if moments else wide.new_empty(0)
+    m2 = wide.new_empty(0)
+    if moments:
+        m2 = (wide - total / max(c.shape[0], 1)).square().sum(0)
     return total, sq_norm, m2
 
 

@@ -34,8 +34,9 @@ from gradstats.kernels.conv_split import run_split
 from gradstats.kernels.linear_config import Config
 from gradstats.kernels.linear_short import dot
 from gradstats.kernels.linear_stats import linear_stats
+from gradstats.kernels.norm_common import sum_stats
 from gradstats.kernels.sample_sums import add_sample
-from gradstats.reference import LinearStats, sum_stats
+from gradstats.reference import LinearStats
 
 OP = "conv_stats"
 
@@ -226,5 +227,5 @@ def conv_stats(
         dw, w_sq = x.new_zeros(shape), none.new_zeros(x.shape[0])
         w_m2 = none.new_zeros(shape if moments else (0,))
     if bias:
-        db, b_sq, b_m2 = sum_stats(g.flatten(2).sum(2, dtype=torch.float32), moments)
-    return dw, db.to(g.dtype), w_sq, b_sq, w_m2, b_m2
+        db, b_sq, b_m2 = sum_stats(g.flatten(2).sum(2, dtype=torch.float32), moments, g.dtype)
+    return dw, db, w_sq, b_sq, w_m2, b_m2

@@ -18,9 +18,10 @@ from gradstats.kernels import _common
 from gradstats.kernels._common import cdiv
 from gradstats.kernels.linear_config import Config, config
 from gradstats.kernels.linear_short import dot, gram_sq_norm, rank_one_m2, rank_one_sq_norm
+from gradstats.kernels.norm_common import sum_stats
 from gradstats.kernels.sample_sums import Sharing, add_sample, corner, run
 from gradstats.kernels.schedule import Schedule
-from gradstats.reference import LinearStats, sum_stats
+from gradstats.reference import LinearStats
 
 OP = "linear_stats"
 
@@ -230,5 +231,5 @@ def linear_stats(x: Tensor, g: Tensor, weight: bool, bias: bool, moments: bool) 
         dw, w_sq = x.new_zeros(len_o, len_i), none.new_zeros(batch)
         w_m2 = none.new_zeros((len_o, len_i) if moments else (0,))
     if bias:
-        db, b_sq, b_m2 = sum_stats(g.sum(1, dtype=torch.float32), moments)
-    return dw, db.to(g.dtype), w_sq, b_sq, w_m2, b_m2
+        db, b_sq, b_m2 = sum_stats(g.sum(1, dtype=torch.float32), moments, g.dtype)
+    return dw, db, w_sq, b_sq, w_m2, b_m2

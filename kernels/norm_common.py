@@ -1,4 +1,4 @@
-"""Shared by the normalisation kernels: checks, and from a slab of contributions to statistics."""
+"""Shared by the kernels of normalisations and biases: from a slab of contributions to statistics."""
 
 from __future__ import annotations
 
@@ -114,3 +114,13 @@ def reduce_slab(
     w_sq = sq[0].sum(1) if weight else slab.new_empty(0)
     b_sq = sq[-1].sum(1) if bias else slab.new_empty(0)
     return dw, db, w_sq, b_sq, w_m2, b_m2
+
+
+def sum_stats(c: Tensor, moments: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum, sq_norm, m2) of contributions (B, D) in float32, the sum in `dtype`.
+
+    As gradstats.reference.sum_stats, whose eight operations are eight launches: more than the work.
+    """
+    slab = c.contiguous().view(1, c.shape[0], 1, c.shape[1])
+    _, total, _, sq_norm, _, m2 = reduce_slab(slab, False, True, moments, dtype)
+    return total, sq_norm, m2
