@@ -33,15 +33,23 @@ def check_inputs(op: str, **tensors: Tensor | None) -> None:
         refuse(op, f"inputs are on different devices: {devices}", "Move them to one device")
 
 
+def in_step(t: Tensor) -> bool:
+    """Whether rows of (B, T, features) can be read in runs of 16 bytes and more."""
+    inner = 2 if t.stride(2) == 1 else 1
+    if t.element_size() > 2:
+        return True
+    if t.stride(inner) != 1 or t.shape[inner] % 16 != 0 or t.data_ptr() % 16 != 0:
+        return False
+    return all(t.stride(d) % 16 == 0 for d in (0, 3 - inner))
+
+
 def loadable(t: Tensor) -> Tensor:
     """(B, T, features) as it is, or copied with zero padding if 16-bit rows are out of step.
 
     Asynchronous copies move 4 to 16 bytes: other rows would go through registers, two bytes at a
     time, and spill them. One copy costs less than that for every tile.
     """
-    inner = 2 if t.stride(2) == 1 else 1
-    in_step = t.stride(inner) == 1 and t.shape[inner] % 16 == 0 and t.data_ptr() % 16 == 0
-    if t.element_size() > 2 or (in_step and all(t.stride(d) % 16 == 0 for d in (0, 3 - inner))):
+    if in_step(t):
         return t
     batch, positions, width = t.shape
     padded = t.new_empty(batch, positions, cdiv(width, 16) * 16)

@@ -7,6 +7,7 @@ Chosen once per call and never tuned by running: a kernel that accumulates must 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,19 +47,29 @@ def gram_tile(t: int, dtype: torch.dtype) -> Config:
     return Config("gram", 0, 32 if dtype == torch.float32 else 128, block_t, 4, 3)
 
 
-def fused_tile(t: int, small: bool, dtype: torch.dtype, moments: bool, arch: int) -> Config:
-    """Tiles whose running sums fit in registers: acc, total and perhaps spread."""
+def fused_tile(
+    t: int, small: bool, dtype: torch.dtype, moments: bool, arch: int, described: bool = True
+) -> Config:
+    """Tiles whose running sums fit in registers: acc, total and perhaps spread.
+
+    `described`: the layout of the inputs allows tensor descriptors.
+    """
     if dtype == torch.float32:
-        # Short blocks have room for a stage more; without it sm_80 spilled 8 bytes.
-        return Config("fused", 64, 64, *((16, 8, 4) if t <= 16 else (32, 8, 3)))
+        # Short blocks have room for a stage more; without it sm_80 spilled 8 bytes, as sm_100 does
+        # in long blocks.
+        short = t <= 16 or arch // 10 == 10
+        return Config("fused", 64, 64, *((16, 8, 4) if short else (32, 8, 3)))
     block_t = min(max(next_power_of_2(t), 16), 64)
-    described = arch // 10 in (9, 10)
-    # 227 or 163 KB of shared memory for a program; elsewhere 99, and on Hopper three small ones.
-    num_stages = 4 if described or arch in (80, 87) else 3
+    engine = arch // 10 in (9, 10)  # a copy engine, which takes descriptors
+    described = described and engine
+    if small and arch // 10 == 10 and not described:  # addresses for 64 positions spill 8 bytes
+        return Config("fused", 64, 64, min(block_t, 32), 4, 4)
     if small:
         return Config("fused", 64, 64, block_t, 4, 3, described)
-    if moments and not described:  # operands take registers too, where MMA reads them
+    if moments and not engine:  # operands take registers too, where MMA reads them
         block_t = min(block_t, 32 if arch < 90 else 16)
+    # 227 or 163 KB of shared memory for a program; elsewhere 99, and on Hopper three small ones.
+    num_stages = 4 if engine or arch in (80, 87) else 3
     return Config("fused", 128, 128, block_t, 8, num_stages, described)
 
 
@@ -100,16 +111,16 @@ def cost(
 @functools.lru_cache(4096)  # a pure function of the shape
 def config(
     batch: int, t: int, i: int, o: int, dtype: torch.dtype, moments: bool,
-    num_sms: int = DEFAULT_SMS, arch: int = DEFAULT_ARCH,
+    num_sms: int = DEFAULT_SMS, arch: int = DEFAULT_ARCH, described: bool = True,
 ) -> Config:  # fmt: skip
-    """Choose path, tile and schedule from the shape alone: a call always runs the same way."""
+    """Choose path, tile and schedule from shape and layout: a call always runs the same way."""
     if t == 1:
         return RANK_ONE
     if not moments and gram_is_cheaper(t, i, o, dtype):
         return gram_tile(t, dtype)
     found = []
     for small in (False, True)[min(i, o) <= 64 :]:
-        c = fused_tile(t, small, dtype, moments, arch)
+        c = fused_tile(t, small, dtype, moments, arch, described)
         tiles = cdiv(o, c.block_o) * cdiv(i, c.block_i)
         for s in schedules(num_sms * per_sm(c), tiles, batch, cdiv(t, c.block_t)):
             clocks = cost(c, s, tiles, batch, t, dtype, moments, num_sms)
@@ -120,10 +131,9 @@ def config(
 def all_configs(arch: int = DEFAULT_ARCH) -> list[tuple[torch.dtype, bool, Config]]:
     """Every (dtype, moments, configuration) that `config` can choose, up to the schedule."""
     found = dict.fromkeys((d, m, RANK_ONE) for d in DTYPES for m in (False, True))
-    for dtype in DTYPES:
-        for t in (16, 32, 64):
-            found[dtype, False, gram_tile(t, dtype)] = None
-            for small in (False, True):
-                for moments in (False, True):
-                    found[dtype, moments, fused_tile(t, small, dtype, moments, arch)] = None
+    flags = (False, True)
+    for dtype, t in itertools.product(DTYPES, (16, 32, 64)):
+        found[dtype, False, gram_tile(t, dtype)] = None
+        for small, moments, described in itertools.product(flags, flags, flags):
+            found[dtype, moments, fused_tile(t, small, dtype, moments, arch, described)] = None
     return list(found)

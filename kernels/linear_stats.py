@@ -225,7 +225,10 @@ def linear_stats(x: Tensor, g: Tensor, weight: bool, bias: bool, moments: bool) 
     none = x.new_empty(0, dtype=torch.float32)
     dw, w_sq, w_m2, db, b_sq, b_m2 = x.new_empty(0), none, none, x.new_empty(0), none, none
     if weight and x.numel() and g.numel():
-        c = config(batch, len_t, len_i, len_o, x.dtype, moments, *_common.planned_for(x))
+        # What is out of step is copied, and the copy can be described.
+        described = all(describable(t) or not _common.in_step(t) for t in (x, g))
+        plan = (batch, len_t, len_i, len_o, x.dtype, moments, *_common.planned_for(x), described)
+        c = config(*plan)
         dw, w_sq, w_m2 = weight_stats(x, g, moments, c)
     elif weight:  # nothing to add up
         dw, w_sq = x.new_zeros(len_o, len_i), none.new_zeros(batch)

@@ -83,6 +83,7 @@ KERNEL_MISTAKES = [
     ("wait_for(shared.full + read.stage, read.reader_parity());", ""),
     ("wgmma_wait_all(acc);\n        release();", "release();\n        wgmma_wait_all(acc);"),
     ("if (me == 0) named_wait(turn(0), kTurnThreads);", ""),
+    ("    barrier_init_fence();\n", ""),
 ]
 
 

@@ -15,9 +15,13 @@ __device__ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
                : "memory");
 }
 
-// After barrier_init, before another block of the cluster or the copy engine sees the barriers.
+// After barrier_init, before another block of the cluster or the copy engine sees the barriers. The
+// engine completes phases through the async proxy, which the first fence does not speak of.
 __device__ inline void barrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile(
+      "fence.mbarrier_init.release.cluster;\n"
+      "fence.proxy.async.shared::cta;\n" ::
+          : "memory");
 }
 
 // This thread's arrival, and how many bytes the phase has to wait for besides.

@@ -38,6 +38,7 @@ struct Meeting {
 struct MBarrier {
   int expected, pending, bytes = 0;
   int64_t phase = 0;
+  bool fenced = false;  // since it was made: seen by the copy engine and by other blocks
 };
 
 struct Product {
@@ -143,6 +144,7 @@ inline void deliver(const Load& load) {
   emulation::tma_load(to.shared, load.address, *load.map.tensor, load.column, load.t, load.sample,
                       load.map.box_t, /*once=*/false);
   MBarrier& barrier = barrier_at(load.block, load.barrier);
+  CHECK(barrier.fenced, "the copy engine may not see this barrier yet");
   barrier.bytes -= load.map.box_t * 128;
   settle(barrier);
 }

@@ -18,7 +18,9 @@ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   const int n = static_cast<int>(arrivals);
   CHECK(machine::here().barriers.insert({at, {n, n}}).second, "a barrier is there already");
 }
-inline void barrier_init_fence() {}
+inline void barrier_init_fence() {
+  for (auto& [at, barrier] : machine::here().barriers) barrier.fenced = true;
+}
 
 inline void arrive_expecting(uint64_t* barrier, uint32_t bytes) {
   machine::MBarrier& b = machine::barrier_at(machine::current->rank, shared_address(barrier));
