@@ -157,6 +157,10 @@ def linear_cases(arch: int = 90) -> Iterator[tuple[str, Callable[[], Any]]]:
         name = f"linear {c.path} {tile} {TYPES[dtype]}{' moments' if moments else ''}"
         name += " pointers" if pointers else ""
         yield name, lambda x=x, m=moments, c=c: linear_stats.weight_stats(x, x, m, c)
+        if c.path == "gram":  # enough samples to fill the card
+            x = torch.empty(linear_config.DEFAULT_SMS, t, 768, dtype=dtype, device="meta")
+            name += " of many samples"
+            yield name, lambda x=x, m=moments, c=c: linear_stats.weight_stats(x, x, m, c)
         if c.path == "fused" and not pointers:  # 36 or 144 tiles
             joined = Schedule(100, c.block_t) if moments else Schedule(200, 1, parts=True)
             c = replace(c, schedule=joined)

@@ -76,7 +76,7 @@ def conv_config(
     """
     few = next_power_of_2(c if dtype == torch.float32 else max(c, 4))  # 8 bytes at a time, or 4
     if not moments and gram_is_cheaper(s, c * taps, o, dtype):
-        tile = gram_tile(16 if dtype == torch.float32 else s, dtype)
+        tile = gram_tile(16 if dtype == torch.float32 else min(s, 64), dtype)
         return replace(tile, block_i=min(tile.block_i, max(few, 16))), Split(), 0
     plans = []
     for small in (False, True)[min(c, o) <= 64 :]:

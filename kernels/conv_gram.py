@@ -64,7 +64,7 @@ def _conv_gram_kernel(
             )
             pp = dot(left, right, pp)
         rows = g + sample * g_b + group.to(tl.int64) * g_group
-        gg = _gram(rows, a, b, len_s, len_o, g_s, g_o, BLOCK_S, BLOCK_K)
+        gg = _gram(rows, a, b, len_s, 0, len_o, g_s, g_o, BLOCK_S, BLOCK_K, False)
         times = tl.where(row == col, 1.0, 2.0)
         at = (sample * tl.num_programs(1) + group) * pairs + row * (row + 1) // 2 + col
         tl.store(slab + at, times * tl.sum(pp * gg))

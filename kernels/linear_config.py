@@ -31,6 +31,7 @@ class Config:
 
 
 RANK_ONE = Config("rank_one", 0, 1024, 1, 4, 1)
+GRAM_STEPS, GRAM_PARTS = 4, 8  # blocks of columns that a program takes at least, parts at most
 # Of a multiprocessor and clock: products, 16-bit numbers from L2, bytes to or from HBM.
 MMA, FMA, L2, HBM = 2048, 128, 24, 20
 
@@ -42,9 +43,18 @@ def gram_is_cheaper(t: int, i: int, o: int, dtype: torch.dtype) -> bool:
     return gram <= (0.25 if dtype == torch.float32 else 30 / t)
 
 
-def gram_tile(t: int, dtype: torch.dtype) -> Config:
-    block_t = min(max(next_power_of_2(t), 16), 32 if dtype == torch.float32 else 64)
-    return Config("gram", 0, 32 if dtype == torch.float32 else 128, block_t, 4, 3)
+def gram_tile(t: int, dtype: torch.dtype, arch: int = DEFAULT_ARCH) -> Config:
+    if dtype == torch.float32:
+        return Config("gram", 0, 32, min(max(next_power_of_2(t), 16), 32), 4, 3)
+    if t > 64 and arch // 10 == 9:  # rows are read for every block of them; elsewhere it spills
+        return Config("gram", 0, 64, 128, 8, 3)
+    return Config("gram", 0, 128, min(max(next_power_of_2(t), 16), 64), 4, 3)
+
+
+def gram_parts(programs: int, width: int, c: Config, num_sms: int = DEFAULT_SMS) -> int:
+    """Parts of the columns, a power of two, where samples alone would leave most of a card idle."""
+    wanted = min(num_sms // programs, cdiv(width, GRAM_STEPS * c.block_i), GRAM_PARTS)
+    return 1 << max(wanted, 1).bit_length() - 1
 
 
 def fused_tile(
@@ -117,7 +127,7 @@ def config(
     if t == 1:
         return RANK_ONE
     if not moments and gram_is_cheaper(t, i, o, dtype):
-        return gram_tile(t, dtype)
+        return gram_tile(t, dtype, arch)
     found = []
     for small in (False, True)[min(i, o) <= 64 :]:
         c = fused_tile(t, small, dtype, moments, arch, described)
@@ -132,8 +142,8 @@ def all_configs(arch: int = DEFAULT_ARCH) -> list[tuple[torch.dtype, bool, Confi
     """Every (dtype, moments, configuration) that `config` can choose, up to the schedule."""
     found = dict.fromkeys((d, m, RANK_ONE) for d in DTYPES for m in (False, True))
     flags = (False, True)
-    for dtype, t in itertools.product(DTYPES, (16, 32, 64)):
-        found[dtype, False, gram_tile(t, dtype)] = None
+    for dtype, t in itertools.product(DTYPES, (16, 32, 64, 128)):
+        found[dtype, False, gram_tile(t, dtype, arch)] = None
         for small, moments, described in itertools.product(flags, flags, flags):
             found[dtype, moments, fused_tile(t, small, dtype, moments, arch, described)] = None
     return list(found)

@@ -76,6 +76,24 @@ def check_schedules(batch, programs, moments, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
+@pytest.mark.parametrize(("t", "sms"), [(20, 132), (40, 132), (40, 12), (20, 1)])
+def check_gram_of_shared_columns(t, sms, monkeypatch):
+    """Parts of the columns by a program each, some of them past the end of the narrower input."""
+    from gradstats.kernels import _common, linear_config, linear_stats
+
+    launched = []
+    launch = _common.launch
+    monkeypatch.setattr(_common, "launch", lambda *a: (launch(*a), launched.append(a[2])))
+    monkeypatch.setattr(_common, "num_sms", lambda like: sms)
+    x, g = random(2, t, 330, dtype=torch.float32), random(2, t, 70, dtype=torch.float32)
+    c = linear_config.Config("gram", 0, 32, 32, 4, 1)
+    got = linear_stats.weight_stats(x, g, False, c)
+    assert launched[0]["PARTS"] == {132: 2, 12: 2, 1: 1}[sms]
+    dw, _, sq, *_ = reference.linear_stats(wide(x), wide(g), True, False, False)
+    compare(got[:2], (dw, sq), x.dtype, "dw w_sq")
+    assert torch.equal(got[1], linear_stats.weight_stats(x, g, False, c)[1])  # bit for bit
+
+
 def check_paths_agree():
     from gradstats.kernels import linear_config, linear_stats
 
