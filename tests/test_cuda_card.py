@@ -99,3 +99,73 @@ def test_multi_dot(dtype):
             scale = float((p.double() * q.double()).abs().sum()) or 1.0
             assert abs(float(out) - float((p.double() * q.double()).sum())) <= 1e-6 * scale
         assert torch.equal(found, backends.extension()[0].multi_dot_cuda(left, right))
+
+
+@pytest.mark.parametrize("count", [3, 121, 1003])  # the small table, the large one, two of them
+def test_multi_sq_norm(count):
+    """Lengths that are no multiple of anything, any alignment, empty ones, all dtypes at once."""
+    torch.manual_seed(3)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    tensors = [
+        torch.randn(37 * i % 5000 + i % 4, device="cuda").to(dtypes[i % 3])[i % 4 :]
+        for i in range(count)
+    ]
+    tensors[1] = torch.randn(300, 1001, device="cuda").t()  # several chunks, strides
+    found = backends.extension()[0].multi_sq_norm_cuda(tensors)
+    true = torch.stack([t.double().square().sum() for t in tensors])
+    assert ((found.double() - true).abs() <= 1e-6 * true).all()
+    assert torch.equal(found, backends.extension()[0].multi_sq_norm_cuda(tensors))
+
+
+def test_captured_on_a_stream_of_its_own():
+    module, _ = backends.extension()
+    x, g = inputs((5, 200, 384, 264), torch.bfloat16)
+    runs = (
+        lambda: module.linear_stats_cuda(x, g, True, True, True),
+        lambda: (module.multi_sq_norm_cuda([x, g]), module.multi_dot_cuda([x], [x])),
+        lambda: (module.rank_one_sq_norm_cuda(x[:, 0], g[:, 0]),),
+    )
+    for run in runs:
+        expected = run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        for t in captured:
+            t.fill_(float("nan"))
+        graph.replay()
+        assert all(map(torch.equal, captured, expected))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one():
+    x, g = (t.to("cuda:1") for t in inputs((5, 200, 384, 264), torch.bfloat16))
+    compare(x, g, True)
+    assert backends.extension()[0].multi_sq_norm_cuda([x, g]).device.index == 1
+
+
+@pytest.mark.parametrize("moments", [False, True])
+def test_more_elements_than_31_bits_count(moments):
+    batch, len_t, len_i, len_o = 33, 8192, 8192, 64
+    x = torch.empty(batch, len_t, len_i, device="cuda", dtype=torch.bfloat16).normal_()
+    g = torch.randn(batch, len_t, len_o, device="cuda").bfloat16()
+    assert x.numel() > 2**31
+    found = backends.extension()[0].linear_stats_cuda(x, g, True, False, moments)
+    for b in (0, batch - 1):
+        true = (g[b].float().t() @ x[b].float()).double().square().sum()
+        assert abs(float(found[2][b]) / float(true) - 1) <= 2e-3
+
+
+def test_beside_other_work():
+    """Fewer clusters at once than were counted on: blocks that come later find their work."""
+    x, g = inputs((9, 512, 1024, 1024), torch.bfloat16)
+    module, _ = backends.extension()
+    expected = module.linear_stats_cuda(x, g, True, False, True)
+    side, a = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(20):
+            a = a @ a / 64
+    found = [module.linear_stats_cuda(x, g, True, False, True) for _ in range(10)]
+    torch.cuda.synchronize()
+    for again in found:
+        assert all(map(torch.equal, again, expected))
