@@ -12,10 +12,11 @@ it is not so; the interposer then does what it always does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradstats import backends, ops, tracing
 from gradstats.layout import NeedsLayout
@@ -75,4 +76,17 @@ def of_module(
     if places[0] is None:
         return around
     make = getattr(shortcuts, name, None)  # an older build may not have it
-    return around if make is None else make(*places)
+    if make is None:
+        return around
+    layer = make(*places)
+    if path == "" and around is not None:  # the model is the layer: a pass begins with it
+        return partial(_entered, around, layer)
+    return layer  # type: ignore[no-any-return]
+
+
+def _entered(around: Any, layer: Any, module: nn.Module, original: Any, x: Tensor) -> Any:
+    def inside(x: Tensor) -> Any:
+        out = layer(module, original, x)
+        return original(x) if out is NotImplemented else out
+
+    return around(module, inside, x)

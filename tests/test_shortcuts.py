@@ -296,6 +296,41 @@ def test_after_its_first_forward_a_model_is_entered_without_python(entered) -> N
         assert monitor.step().num_samples == 6
 
 
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [(nn.Linear(5, 3), (5,)), (nn.LayerNorm(5), (4, 5)), (nn.GroupNorm(2, 4), (4, 3)),
+     (nn.Conv1d(4, 2, 3), (4, 7))],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)  # fmt: skip
+def test_a_model_that_is_a_plain_layer_itself_is_entered_without_python(
+    model, shape, entered, monkeypatch
+) -> None:
+    plain = copy.deepcopy(model)
+    by_function: list[object] = []  # what the mode sees, as Python rules do
+
+    def see(self, func, types, args=(), kwargs=None):
+        by_function.append(func)
+        return handle(self, func, types, args, kwargs)
+
+    handle = interpose.Interposer.__torch_function__
+    monkeypatch.setattr(interpose.Interposer, "__torch_function__", see)
+    with gradstats.attach(model) as monitor:
+        for first in (True, False, False):
+            x = torch.randn(6, *shape)
+            model.zero_grad()
+            entered.clear()
+            out = model(x)
+            if not first:
+                assert not entered
+                assert not by_function
+            loss(lambda _: out, x).backward()
+            del out  # whose graph has the leaf that the next forward takes
+            by_function.clear()
+            assert_matches(monitor.step(), per_sample_gradients(plain, loss, x), 1e-5)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    torch.testing.assert_close(copied(x), model(x))
+
+
 def test_a_module_that_gives_nothing_runs_once(entered) -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
