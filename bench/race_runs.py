@@ -15,11 +15,12 @@ from torch import nn
 
 import gradstats
 from gradstats import schedulers
+from gradstats.step_time import fit_step_time
 
 # The noise scale moves in these short trainings: a memory of few measured steps.
 MEASURED: dict[str, Any] = {"every": gradstats.Budget(0.02), "half_life": 8.0}
 ADASCALE_HALF_LIFE = 50.0
-EVERY = 10  # steps between decisions
+HYSTERESIS = 1.3
 WORSE = 2.0  # a held-out loss so many times the first is given up
 
 
@@ -37,7 +38,7 @@ class Outcome:
 
     `seconds` (see `clock`): of the training loop, statistics and decisions included, not of drawing samples
     nor of looks at the held-out loss. `path`: (samples, batch size) at every change. `noise`: the smoothed
-    noise scale at each decision; `known`: what it is, where that is known.
+    noise scale that each decision saw; `known`: what it is, where that is known.
     """
 
     samples: float = math.inf
@@ -57,6 +58,7 @@ class Draws:
         self.race, self.micro_batch_size = race, unit
         self.accumulation_steps = batch_size // unit
         self.samples = 0
+        self.noise: list[float] = []  # that decisions saw
         self.generator = torch.Generator().manual_seed(1000 + seed)
 
     @property
@@ -86,30 +88,20 @@ def follow(policy: schedulers.Policy, largest: int) -> Attach:
     """A monitor and a scheduler that changes the batch, and with it the rate, by `policy`."""
 
     def attach(race: Race, model: nn.Module, optimizer: torch.optim.Optimizer, draws: Draws) -> Any:
+        def noted(seen: schedulers.Seen) -> float:
+            assert seen.noise is not None
+            draws.noise.append(seen.noise.value)
+            return policy(seen)
+
         monitor = gradstats.attach(model, optimizer=optimizer, **MEASURED)
         scaling = gradstats.BatchScaling(optimizer, batch_size=draws.batch_size, rule=race.rule)
         scheduler = gradstats.BatchSizeScheduler(
-            policy, draws, monitor=monitor, scaling=scaling, max_batch_size=largest, every=EVERY
+            noted, draws, monitor=monitor, scaling=scaling, max_batch_size=largest
         )
+        draws.noise.clear()  # of the decision that is tried when a scheduler is made
         return monitor, scheduler
 
     return attach
-
-
-def fastest(seconds: dict[int, float], largest: int) -> schedulers.Policy:
-    """The batch that `gradstats.recommend` expects to be fastest, from timed steps of this machine."""
-
-    def policy(seen: schedulers.Seen) -> float:
-        assert seen.noise is not None
-        if not seen.noise.actionable:
-            return math.nan
-        now = seen.batch_size
-        advice = gradstats.recommend(
-            seen.noise, batch_size=now, step_seconds=seconds, max_batch_size=largest
-        )
-        return advice.batch_size
-
-    return policy
 
 
 def run(race: Race, method: Method, seed: int) -> Outcome:
@@ -130,6 +122,7 @@ def run(race: Race, method: Method, seed: int) -> Outcome:
     elif method.adascale is not None:
         monitor = gradstats.attach(model)
     found, steps, seconds, looked = Outcome(path=[(0, draws.batch_size)]), 0, 0.0, 0
+    found.noise = draws.noise
     before = (held_out_loss(race, model), 0, 0, 0.0)
     first = before[0]
     while draws.samples < race.most:
@@ -146,8 +139,7 @@ def run(race: Race, method: Method, seed: int) -> Outcome:
         seconds += clock(race) - begin
         if change is not None:
             found.path.append((draws.samples, change.batch_size))
-        if monitor is not None and steps % EVERY == 0:
-            found.noise.append(monitor.noise_scale().value)
+        if len(found.noise) > len(found.known):
             found.known.append(race.noise_scale(model) if race.noise_scale else math.nan)
         if draws.samples // race.look == looked:
             continue
@@ -186,9 +178,10 @@ def step_seconds(race: Race, rounds: int = 30) -> dict[int, float]:
 def followers(race: Race, rate: float, seconds: dict[int, float]) -> list[Method]:
     """The methods that need no tuning: they start at the base batch and its `rate`."""
     largest = max(race.batches)
+    fixed = fit_step_time({(size, 1): [took] for size, took in seconds.items()}).fixed_samples()
     policies: dict[str, schedulers.Policy] = {
-        "noise scale": partial(schedulers.noise_scale, hysteresis=1.3),
-        "noise scale × time": fastest(seconds, largest),
+        "noise scale": partial(schedulers.noise_scale, hysteresis=HYSTERESIS),
+        "noise scale × time": partial(schedulers.soonest, fixed=fixed, hysteresis=HYSTERESIS),
         "norm test": schedulers.norm_test,
     }
     found = [Method(name, race.base, rate, follow(policy, largest))

@@ -101,17 +101,18 @@ def measure(
         )
         candidates = [factor * rate for factor in rates]
         fixed[size] = Method(f"fixed {size}", size, rate)
-    methods = followers(race, fixed[race.base].rate, seconds)
-    for method in (*fixed.values(), *methods):
-        run(
-            race.changed(most=40 * method.batch_size), method, seeds[0]
-        )  # what it imports is not timed
-        outcomes[method.name] = [run(race, method, seed) for seed in seeds]
-        say(f"{method.name}: {mean([o.samples for o in outcomes[method.name]])[0]:,.0f} samples")
+    methods = (*fixed.values(), *followers(race, fixed[race.base].rate, seconds))
+    for method in methods:  # what it imports is not timed
+        run(race.changed(most=40 * method.batch_size), method, seeds[0])
+        outcomes[method.name] = []
+    for seed in seeds:  # in turns, so that a slow spell of the machine is everybody's
+        say(f"seed {seed}")
+        for method in methods:
+            outcomes[method.name].append(run(race, method, seed))
     seen = [n for o in outcomes["noise scale"] for n in o.noise if math.isfinite(n)]
     noise = statistics.median(seen) if seen else math.nan
     rows = {}
-    for method in (*fixed.values(), *methods):
+    for method in methods:
         found = outcomes[method.name]
         costs = {cost: mean([getattr(o, cost) for o in found]) for cost in COSTS}
         rows[method.name] = {

@@ -78,6 +78,17 @@ class StepTime:
         middle, width = self.seconds(m, k), float(ndtri((1 + confidence) / 2)) * error
         return max(middle - width, 0.0), middle + width
 
+    def fixed_samples(self, micro_batch_size: float | None = None) -> float:
+        """Samples, over all ranks, that take as long as a step does besides its samples.
+
+        a/b, where a step of B samples takes a + b·B seconds: of batches that grow by more micro-batches of
+        `micro_batch_size`, or (None) of one micro-batch that grows. ``inf`` where samples take no time.
+        """
+        fixed, each = self.update + self.launch, self.per_sample
+        if micro_batch_size is not None:
+            fixed, each = self.update, self.per_sample + self.launch / micro_batch_size
+        return self.world_size * fixed / each if each else math.inf
+
     def bytes(self, micro_batch_size: float) -> float | None:
         """Expected peak memory of a step on a rank, beyond what it holds between steps.
 

@@ -139,7 +139,9 @@ EDGES = {
     "plan": set(),
     "loader": {"errors", "estimators", "plan"},
     "grouped_loader": {"batches", "errors", "estimators", "loader"},
-    "schedulers": {"advice", "agreement", "errors", "estimators", "rates", "scaling", "schedulers"},
+    "schedulers": {
+        "advice", "agreement", "cadence", "errors", "estimators", "rates", "scaling", "schedulers",
+    },
     "optim": {"errors", "estimators", "optim", "stats"},
     "report": set(),
     "batches": set(),

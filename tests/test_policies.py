@@ -14,6 +14,7 @@ from gradstats.schedulers import (
     noise_scale,
     norm_test,
     ramp,
+    soonest,
 )
 
 
@@ -29,6 +30,7 @@ from gradstats.schedulers import (
         (measured(50), 64, 64),
         (measured(NAN, 1, INF), 64, 64),
         (measured(INF, 300, INF), 64, 64),
+        (measured(0.0, 0.0, 0.0), 64, 1),  # not below a sample
     ],
 )
 def test_noise_scale_acts_only_when_it_is_sure(noise, now, wanted):
@@ -40,6 +42,31 @@ def test_noise_scale_settings():
     assert noise_scale(seen(measured(256)), factor=0.5) == 128
     assert noise_scale(seen(measured(128)), factor=0.5) == 64
     assert noise_scale(seen(measured(256)), hysteresis=5) == 64
+
+
+def test_soonest_is_the_batch_with_the_shortest_time_to_a_target():
+    a, b = 0.3, 0.002  # seconds of a step, and of a sample
+    noise = measured(700)
+    size = soonest(seen(noise), fixed=a / b)
+    assert size == pytest.approx((700 * 150) ** 0.5)
+    seconds = {n: (1 + 700 / n) * (a + b * n) for n in (size, 0.99 * size, 1.01 * size)}
+    assert min(seconds, key=seconds.get) == size
+
+
+@pytest.mark.parametrize(
+    ("noise", "now", "wanted"),
+    [
+        (measured(400), 64, 200),
+        (measured(4), 64, 20),
+        (measured(400, 160, 1600), 64, 200),  # sure that it is not 64, though not of much more
+        (measured(400, 60, 700), 64, 64),  # too wide to act on
+        (measured(400), 140, 140),  # below the hysteresis
+        (measured(400, 40, 400), 64, 64),  # the interval, 63 to 200, holds the present size
+        (measured(NAN, 1, INF), 64, 64),
+    ],
+)
+def test_soonest_acts_only_when_it_is_sure(noise, now, wanted):
+    assert soonest(seen(noise, now), fixed=100) == wanted
 
 
 def test_norm_test():
@@ -91,6 +118,10 @@ def test_batch_for_momentum():
         (lambda: batch_for_momentum(0, 0.9, 0.95), "batch_size=0"),
         (lambda: noise_scale(seen(measured(9)), hysteresis=0.5), "hysteresis=0.5"),
         (lambda: noise_scale(seen()), "noise_scale decides by the measured noise scale"),
+        (lambda: soonest(seen(measured(9)), fixed=0), "fixed=0"),
+        (lambda: soonest(seen(measured(9)), fixed=INF), "fixed=inf"),
+        (lambda: soonest(seen(measured(9)), fixed=9, hysteresis=0.5), "hysteresis=0.5"),
+        (lambda: soonest(seen(), fixed=9), "soonest decides by the measured noise scale"),
         (lambda: norm_test(seen(measured(9)), theta=0), "theta=0"),
         (lambda: norm_test(seen()), "pass monitor="),
         (lambda: instead_of_decay(seen()), "pass scaling="),

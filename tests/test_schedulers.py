@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -78,6 +79,20 @@ def test_sizes_follow_the_noise_scale_in_whole_micro_batches_within_bounds():
     assert data.accumulation_steps == 5  # 20: whole micro-batches of at least 18
     assert scheduler.changes[0] == BatchSizeChange(4, 256, 200, 50)
     assert monitor.asked == 7
+
+
+def test_a_noise_scale_is_read_ever_more_seldom_and_other_policies_at_every_step():
+    monitor, data = Scripted(64), loader(n=80_000)
+    scheduler = BatchSizeScheduler(noise_scale, data, monitor=monitor)
+    read = []
+    for step in range(1, 1000):
+        before = monitor.asked
+        scheduler.step()
+        read += [step] * (monitor.asked - before)
+    assert read[:13] == [16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128]
+    assert [b - a for a, b in pairwise(read)][-8:] == [64] * 8
+    sizes = partial(ramp, start=8, end=80, over=100)
+    assert run(BatchSizeScheduler(sizes, other := loader(batch=8)), other, 4) == [8, 12, 24, 40]
 
 
 def test_cooldown():

@@ -44,6 +44,16 @@ def test_one_number_of_micro_batches_puts_what_is_fixed_into_each():
     assert fit.seconds(8, 4) == pytest.approx(4 * (0.023 + 8e-4))
 
 
+@pytest.mark.parametrize("world", [1, 3])
+def test_fixed_samples_are_those_that_take_as_long_as_the_rest_of_a_step(world):
+    fit = fit_step_time(made(COSTS), world_size=world)
+    by_size, by_number = fit.fixed_samples(), fit.fixed_samples(16)
+    assert fit.seconds(by_size / world) == pytest.approx(2 * fit.seconds(0))
+    assert fit.seconds(16, by_number / world / 16) == pytest.approx(2 * fit.update)
+    free = fit_step_time({(8, 1): [0.2], (64, 1): [0.1]})
+    assert free.fixed_samples() == math.inf
+
+
 def test_a_slow_spell_does_no_harm():
     times = made(COSTS, rounds=7)
     for i, seconds in enumerate(times.values()):

@@ -10,6 +10,7 @@ from gradstats.schedulers.policies import (
     noise_scale,
     norm_test,
     ramp,
+    soonest,
 )
 from gradstats.schedulers.scheduler import BatchSizeChange, BatchSizeScheduler
 
@@ -25,4 +26,5 @@ __all__ = [
     "noise_scale",
     "norm_test",
     "ramp",
+    "soonest",
 ]

@@ -25,6 +25,7 @@ __all__ = [
     "noise_scale",
     "norm_test",
     "ramp",
+    "soonest",
 ]
 
 
@@ -58,12 +59,21 @@ def noise_scale(seen: Seen, *, factor: float = 1.0, hysteresis: float = 1.5) -> 
     McCandlish et al., arXiv:1812.06162, section 2.
     """
     require(0 < factor < math.inf, "factor", factor, "pass a number above 0")
-    require(hysteresis >= 1, "hysteresis", hysteresis, "pass a factor of at least 1")
-    noise, now = _measured(seen, "noise_scale"), seen.batch_size
-    if not noise.actionable or factor * noise.low <= now <= factor * noise.high:
-        return now
-    wanted = factor * noise.value
-    return wanted if max(wanted, now) >= hysteresis * min(wanted, now) else now
+    noise = _measured(seen, "noise_scale")
+    return _sure(seen.batch_size, noise, lambda n: factor * n, hysteresis)
+
+
+def soonest(seen: Seen, *, fixed: float, hysteresis: float = 1.5) -> float:
+    """The batch with which a target is reached soonest, ``√(N·fixed)`` at a noise scale N.
+
+    `fixed`: samples that take as long as a step does besides its samples, a/b where a step of B samples
+    takes a + b·B seconds; `StepTime.fixed_samples` says it of a machine. A target takes steps ∝ 1 + N/B
+    (McCandlish et al., arXiv:1812.06162, section 2.3), so its time ∝ (1 + N/B)(a + b·B) is shortest there.
+    When it stays is as for `noise_scale`.
+    """
+    require(0 < fixed < math.inf, "fixed", fixed, "pass a number of samples above 0")
+    noise = _measured(seen, "soonest")
+    return _sure(seen.batch_size, noise, lambda n: math.sqrt(fixed * n), hysteresis)
 
 
 def norm_test(seen: Seen, *, theta: float = 0.5) -> float:
@@ -134,6 +144,17 @@ def batch_for_momentum(batch_size: float, momentum: float, new_momentum: float) 
     require(0 <= momentum < 1, "momentum", momentum, "pass a number from 0 to below 1")
     require(0 <= new_momentum < 1, "new_momentum", new_momentum, "pass a number from 0 to below 1")
     return batch_size * (1 - momentum) / (1 - new_momentum)
+
+
+def _sure(
+    now: int, noise: NoiseScale, wanted: Callable[[float], float], hysteresis: float
+) -> float:
+    """What is `wanted` at a noise scale, where its interval excludes `now`, by `hysteresis` or more."""
+    require(hysteresis >= 1, "hysteresis", hysteresis, "pass a factor of at least 1")
+    if not noise.actionable or wanted(noise.low) <= now <= wanted(noise.high):
+        return now
+    size = max(wanted(noise.value), 1.0)
+    return size if max(size, now) >= hysteresis * min(size, now) else now
 
 
 def _measured(seen: Seen, who: str) -> NoiseScale:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from gradstats.agreement import decide_on_first_rank
+from gradstats.cadence import sparse
 from gradstats.errors import InvalidArgumentError
 from gradstats.estimators import NoiseScale, require, whole
 from gradstats.scaling import BatchScaling
@@ -16,7 +17,8 @@ from gradstats.schedulers.policies import Policy, Seen
 
 __all__ = ["BatchSizeChange", "BatchSizeScheduler"]
 
-READ_EVERY = 50  # steps: reading the noise scale of 10,000 steps takes some 30 ms
+FIRST = 16  # steps before which no noise scale has an interval
+DENSE = 4  # decisions in each doubling: to read the noise scale of 10,000 steps takes some 30 ms
 
 
 class Loader(Protocol):
@@ -62,8 +64,9 @@ class BatchSizeScheduler:
         scaling: told the batch size and noise scale of every decision.
         min_batch_size, max_batch_size: bounds, in samples over all ranks (default: one micro-batch per
             rank, and the dataset).
-        every: optimizer steps from one decision to the next (default: 1, and 50 with a monitor, whose
-            noise scale takes some milliseconds to read and moves slowly).
+        every: optimizer steps from one decision to the next (default: 1; with a monitor, whose noise scale
+            takes a while to read and moves with the logarithm of the steps, from the 16th on 4 in each
+            doubling of their number, and one out of 64).
         cooldown: optimizer steps for which the size stays after a change.
         tokens_per_sample: of the loader's samples, where the monitor was attached with
             ``sample="token"``: batch sizes stay in samples, and the noise scale is brought to them.
@@ -96,9 +99,8 @@ class BatchSizeScheduler:
                 f"loader={loader!r} has no {', '.join(lacking)}: pass a gradstats.StepLoader, or what else "
                 "can change its accumulation_steps"
             )
-        if every is None:
-            every = 1 if monitor is None else READ_EVERY
-        every = whole("every", every)
+        if every is not None or monitor is None:
+            every = whole("every", every, default=1)
         for name, bound in (("min_batch_size", min_batch_size), ("max_batch_size", max_batch_size)):
             whole(name, bound, default=1)
         require(cooldown >= 0, "cooldown", cooldown, "pass a number of steps of at least 0")
@@ -151,7 +153,7 @@ class BatchSizeScheduler:
         """
         self._steps += 1
         self._peak = max(self._peak, self._learning_rate())
-        if self._steps % self.every:
+        if not self._is_due():
             return None
         number, noise = decide_on_first_rank(self._decide, self._group)
         changed = number != self._loader.accumulation_steps
@@ -218,6 +220,11 @@ class BatchSizeScheduler:
                 self._scaling.update(self.batch_size)
 
     # ---- deciding --------------------------------------------------------------------------------
+
+    def _is_due(self) -> bool:
+        if self.every is None:
+            return self._steps >= FIRST and sparse(self._steps, DENSE)
+        return self._steps % self.every == 0
 
     def _decide(self) -> tuple[int, float | None]:
         """Accumulation steps, and the noise scale for the learning rate."""
