@@ -83,9 +83,15 @@ class StepTime:
 
         a/b, where a step of B samples takes a + b·B seconds: of batches that grow by more micro-batches of
         `micro_batch_size`, or (None) of one micro-batch that grows. ``inf`` where samples take no time.
+
+        Raises InvalidArgumentError where what comes once per step cannot be told from what each micro-batch
+        takes.
         """
         fixed, each = self.update + self.launch, self.per_sample
         if micro_batch_size is not None:
+            told_apart = len({p.accumulation_steps for p in self.points}) > 1
+            remedy = "time steps of two or more numbers of micro-batches, accumulation_steps=(1, 2)"
+            require(told_apart, "micro_batch_size", micro_batch_size, remedy)
             fixed, each = self.update, self.per_sample + self.launch / micro_batch_size
         return self.world_size * fixed / each if each else math.inf
 

@@ -52,6 +52,10 @@ def test_fixed_samples_are_those_that_take_as_long_as_the_rest_of_a_step(world):
     assert fit.seconds(16, by_number / world / 16) == pytest.approx(2 * fit.update)
     free = fit_step_time({(8, 1): [0.2], (64, 1): [0.1]})
     assert free.fixed_samples() == math.inf
+    with pytest.raises(
+        InvalidArgumentError, match=r"micro_batch_size=16 .* two or more numbers of"
+    ):
+        free.fixed_samples(16)
 
 
 def test_a_slow_spell_does_no_harm():
