@@ -11,7 +11,7 @@ from oracle import assert_matches, per_sample_gradients
 from torch import nn
 
 import gradstats
-from gradstats import backends
+from gradstats import backends, reference
 from gradstats.ops import SCHEMAS, ops
 
 B, T, D = 3, 5, 6
@@ -171,3 +171,19 @@ def test_forwards_are_numbered() -> None:
     counter = torch.tensor(2**24 - 2)
     torch.library.opcheck(ops.next_number.default, (counter.clone(),))
     assert [int(ops.next_number(counter)) for _ in range(3)] == [2**24 - 1, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_squared_norms_of_a_list_in_few_launches(dtype):
+    """What the reference does on a card: the same numbers, empty tensors and strides included."""
+    tensors = [
+        torch.randn(30, 40).to(dtype).t(),
+        torch.randn(0).to(dtype),
+        torch.tensor(2).to(dtype),
+    ]
+    true = torch.stack([t.double().square().sum() for t in tensors])
+    wide = reference.stats_dtype(dtype)
+    found = reference.in_few_launches(tensors, wide)
+    assert found.dtype == wide
+    torch.testing.assert_close(found.double(), true, rtol=1e-6, atol=0)
+    torch.testing.assert_close(reference.multi_sq_norm(tensors).double(), true, rtol=1e-6, atol=0)

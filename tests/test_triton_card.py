@@ -105,6 +105,16 @@ def test_another_device_than_the_current_one():
         torch.cuda.synchronize(1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_squared_norms_where_the_extension_has_no_cuda_part(dtype):
+    tensors = [normal(*s, dtype=dtype) for s in ((300, 1000), (0,), (7,), ())]
+    with backends.use("reference"):
+        found = ops.multi_sq_norm(tensors)
+    true = torch.stack([t.double().square().sum() for t in tensors])
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert ((found - true).abs() <= 1e-6 * true).all()
+
+
 @pytest.mark.usefixtures("triton")
 def test_long_samples_of_tied_weights():
     """262144 tiles of a sample: more than a grid's second dimension takes."""
