@@ -35,7 +35,7 @@ from gradstats import backends
 from gradstats.workbench.bench.timing import table
 from gradstats.workbench.saved import environment, write_text
 
-PATIENCE = 300.0  # seconds without a word, of a case that compiles whole models
+PATIENCE = 240.0  # seconds without a word: more than it takes to compile a whole model
 START = "the start of the process"
 METHOD = "spawn"  # of processes: a CUDA context does not outlive a fork
 Work = Callable[..., None]  # gpu_worker.work, or what a test puts in its place
@@ -96,7 +96,8 @@ def follow(
     name = START
     try:
         while receiver.poll(patience):
-            what, name, result = receiver.recv()
+            what, said, result = receiver.recv()
+            name = said or name
             if what == "begun" and time.monotonic() > deadline:
                 print(f"{name} and all that follow: left out, --minutes are over", flush=True)
                 report["left_out_from"] = name
@@ -104,7 +105,7 @@ def follow(
                 return None
             if what == "end":
                 return None
-            if what != "begun":
+            if what not in ("begun", "alive"):
                 take(what, name, result, done, report, args.json)
         return name, f"no word within {patience:.0f} s"
     except EOFError:

@@ -27,6 +27,10 @@ LIMITS = {  # norms, norms + moments
 CHANNELS_LAST = ("resnet-50",)
 
 
+def say_nothing() -> None:
+    """In place of what tells that a case goes on."""
+
+
 def compiled_step(problem: Problem, kind: str) -> Callable[[], None]:
     """forward, backward, monitor.step(), optimizer.step(), zero_grad of a copy of the model."""
     device = problem.inputs.device.type
@@ -50,7 +54,7 @@ def compiled_step(problem: Problem, kind: str) -> Callable[[], None]:
 
 
 def measured(
-    make: dict[str, Callable[[], Callable[[], None]]],
+    make: dict[str, Callable[[], Callable[[], None]]], alive: Callable[[], None]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The steps, compiled, and each one's peak memory over the plain step's.
 
@@ -68,6 +72,7 @@ def measured(
             steps[name]()
         torch.cuda.synchronize()
         print(f"  {name}: three steps after {time.perf_counter() - begin:.0f} s", flush=True)
+        alive()
         torch.cuda.reset_peak_memory_stats()
         steps[name]()
         torch.cuda.synchronize()
@@ -102,9 +107,12 @@ def check_compiled(name: str, device: str) -> float:
     return max(error, worst(found, record.per_sample_sq_norm.double()))
 
 
-def step_cases(models: list[str], device: str, small: bool) -> Cases:
+def step_cases(
+    models: list[str], device: str, small: bool, alive: Callable[[], None] = say_nothing
+) -> Cases:
+    """`alive` is called now and then by cases that take minutes to compile."""
     for name in models:
-        yield f"{name} step", partial(step_case, name, device, small)
+        yield f"{name} step", partial(step_case, name, device, small, alive)
     for name in models:
         title = f"{name} step, eager float32"
         yield title, partial(peer_case, title, name, device, small)
@@ -120,13 +128,14 @@ def problem_of(name: str, device: str, small: bool) -> Problem:
     )
 
 
-def step_case(name: str, device: str, small: bool) -> Case:
+def step_case(name: str, device: str, small: bool, alive: Callable[[], None]) -> Case:
     error = check_compiled(name, device)  # first: it throws away what was compiled before
+    alive()
     problem = problem_of(name, device, small)
     kinds = ("plain", "norms", "norms+moments")
     make = {kind: partial(compiled_step, problem, kind) for kind in kinds}
     if device == "cuda":
-        steps, remarks = measured(make)
+        steps, remarks = measured(make, alive)
     else:
         steps, remarks = {kind: step() for kind, step in make.items()}, {}
     limits = dict(zip(kinds[1:], LIMITS[name], strict=True))

@@ -7,6 +7,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,13 +31,13 @@ GROUPS = ("linear", "multi", "norm", "steps", "conv", "embedding", "tied")  # in
 Tell = Callable[[str, str, Any], None]  # what happened, to which case, and with what result
 
 
-def cases(only: list[str], models: list[str], device: str, small: bool) -> Cases:
+def cases(args: argparse.Namespace, device: str, small: bool, alive: Callable[[], None]) -> Cases:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for group in GROUPS:
-        if group not in only:
+        if group not in args.only:
             continue
         if group == "steps":
-            yield from step_cases(models, device, small)
+            yield from step_cases(args.models, device, small, alive)
         elif group == "multi":
             model = MODELS["gpt2-124m"].make(tiny=small).model
             yield from multi_cases(device, [tuple(p.shape) for p in model.parameters()])
@@ -101,7 +102,8 @@ def work(args: argparse.Namespace, device: str, done: frozenset[str], tell: Tell
     for message in (".*full backward hook.*", ".*performance drop.*"):
         warnings.filterwarnings("ignore", message=f"(?i){message}")
     torch.backends.cudnn.allow_tf32 = False  # what is checked in float32 is float32
-    for name, make in cases(args.only, args.models, device, small=device == "cpu"):
+    alive = partial(tell, "alive", "", None)
+    for name, make in cases(args, device, small=device == "cpu", alive=alive):
         if name in done:
             continue
         tell("begun", name, None)
