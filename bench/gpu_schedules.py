@@ -1,4 +1,4 @@
-"""The other schedules of the Triton kernel for linear layers, to time beside the one it chooses.
+"""The other paths and schedules of the Triton kernels for linear layers, beside what is chosen.
 
 The choice rests on nominal rates; these ratios are what would correct them.
 """
@@ -16,7 +16,7 @@ from gradstats import backends
 from gradstats.errors import first_line
 from gradstats.kernels import _common
 from gradstats.kernels._common import cdiv
-from gradstats.kernels.linear_config import Config, config, per_sm
+from gradstats.kernels.linear_config import Config, config, fused_config, gram_tile, per_sm
 from gradstats.kernels.schedule import Schedule, schedules
 
 TOLERANCE = 1e-4  # of norms: sums of the same float32 products in another order
@@ -37,33 +37,45 @@ def stats(c: Config) -> Callable[[Tensor, Tensor], Any]:
     return run
 
 
+def candidates(chosen: Config, x: Tensor, g: Tensor) -> dict[str, Config]:
+    """What else could run: the other path, and the fused one's other schedules."""
+    (batch, t, i), o = x.shape, g.shape[2]
+    sms, arch = _common.planned_for(x)
+    if chosen.path == "gram":
+        return {"fused": fused_config(batch, t, i, o, x.dtype, False, sms, arch)}
+    found = {}
+    if t * (i + o) <= i * o:  # else it does more than dW alone
+        found["Gram"] = gram_tile(t, x.dtype, arch)
+    tiles = cdiv(o, chosen.block_o) * cdiv(i, chosen.block_i)
+    others = schedules(sms * per_sm(chosen), tiles, batch, cdiv(t, chosen.block_t))
+    for s in (None, *others):
+        if s != chosen.schedule:
+            found[label(s)] = replace(chosen, schedule=s)
+    return found
+
+
 def variants(
     name: str, make: Callable[[], Sequence[Tensor]], device: str, dtype: torch.dtype
 ) -> dict[str, Callable[..., Any]]:
-    """One for every schedule but the chosen; what differs from that one is not timed."""
+    """One for each candidate but the chosen; what differs from that one is not timed."""
     if backends.refusal("triton", "linear_stats", device, dtype) is not None:
         return {}
     x, g = make()
     (batch, t, i), o = x.shape, g.shape[2]
-    sms, arch = _common.planned_for(x)
-    chosen = config(batch, t, i, o, dtype, False, sms, arch)
-    if chosen.schedule is None:
+    chosen = config(batch, t, i, o, dtype, False, *_common.planned_for(x))
+    if chosen.path == "rank_one":
         return {}
-    tiles = cdiv(o, chosen.block_o) * cdiv(i, chosen.block_i)
-    others = schedules(sms * per_sm(chosen), tiles, batch, cdiv(t, chosen.block_t))
     true = stats(chosen)(x, g)[1]
     found = {}
-    for s in (None, *others):
-        run = stats(replace(chosen, schedule=s))
-        if s == chosen.schedule:
-            continue
+    for what, c in candidates(chosen, x, g).items():
+        run = stats(c)
         try:
             same = torch.allclose(run(x, g)[1], true, rtol=TOLERANCE, atol=0)
-            why = "" if same else "differ from the chosen schedule's"
+            why = "" if same else "differ from the chosen ones'"
         except Exception as error:  # does not compile, or does not fit
             why = first_line(error)
         if why:
-            print(f"{name}: norms, {label(s)}, are not timed: {why}", flush=True)
+            print(f"{name}: norms, {what}, are not timed: {why}", flush=True)
         else:
-            found[f"norms, {label(s)}"] = run
+            found[f"norms, {what}"] = run
     return found

@@ -32,6 +32,7 @@ class Config:
 
 RANK_ONE = Config("rank_one", 0, 1024, 1, 4, 1)
 GRAM_STEPS, GRAM_PARTS = 4, 8  # blocks of columns that a program takes at least, parts at most
+SURE = 1.5  # times cheaper by rates that are nominal
 # Of a multiprocessor and clock: products, 16-bit numbers from L2, bytes to or from HBM.
 MMA, FMA, L2, HBM = 2048, 128, 24, 20
 
@@ -41,6 +42,22 @@ def gram_is_cheaper(t: int, i: int, o: int, dtype: torch.dtype) -> bool:
     gram = t * (i + o) / (i * o)
     # Tensor cores make the GEMM cheap, so the epilogue weighs 30/T; fp32 lives off plain FMAs.
     return gram <= (0.25 if dtype == torch.float32 else 30 / t)
+
+
+def gram_reads_less(t: int, i: int, o: int, dtype: torch.dtype, arch: int) -> bool:
+    """The same from rows read out of L2, where that and not the products sets the pace of both.
+
+    The library's dW has tiles that L2 can feed, the fused path's are smaller for its sums; a Gram
+    reads a row for every block of rows.
+    """
+    if dtype == torch.float32 or arch // 10 not in (9, 10):
+        return False
+    blocks = cdiv(t, gram_tile(t, dtype, arch).block_t)
+    gram = blocks * (i + o) / L2 / (i * o / MMA)
+    c = fused_tile(t, min(i, o) <= 64, dtype, False, arch)
+    products = per_sm(c) * c.block_o * c.block_i / MMA
+    fused = pace(c, dtype, per_sm(c)) / products - 1 + 30 / t
+    return SURE * gram <= fused
 
 
 def gram_tile(t: int, dtype: torch.dtype, arch: int = DEFAULT_ARCH) -> Config:
@@ -126,8 +143,17 @@ def config(
     """Choose path, tile and schedule from shape and layout: a call always runs the same way."""
     if t == 1:
         return RANK_ONE
-    if not moments and gram_is_cheaper(t, i, o, dtype):
+    gram = gram_is_cheaper(t, i, o, dtype) or gram_reads_less(t, i, o, dtype, arch)
+    if gram and not moments:
         return gram_tile(t, dtype, arch)
+    return fused_config(batch, t, i, o, dtype, moments, num_sms, arch, described)
+
+
+def fused_config(
+    batch: int, t: int, i: int, o: int, dtype: torch.dtype, moments: bool,
+    num_sms: int = DEFAULT_SMS, arch: int = DEFAULT_ARCH, described: bool = True,
+) -> Config:  # fmt: skip
+    """The cheapest tile and schedule of the fused path."""
     found = []
     for small in (False, True)[min(i, o) <= 64 :]:
         c = fused_tile(t, small, dtype, moments, arch, described)

@@ -135,6 +135,9 @@ def test_config_chooses_by_cost():
     assert config(64, 1, 768, 768, bf16, False).path == "rank_one"
     assert config(64, 16, 768, 768, bf16, False).path == "gram"
     assert config(64, 16, 768, 768, bf16, True).path == "fused"  # the Gram has no elements
+    assert config(32, 256, 4096, 4096, bf16, False).path == "gram"  # reads less out of L2
+    assert config(32, 256, 4096, 4096, bf16, False, 108, 80).path == "fused"
+    assert config(8, 2048, 4096, 4096, bf16, False).path == "fused"
     assert config(16, 1024, 768, 768, bf16, False).path == "fused"
     assert not config(16, 1024, 768, 50257, bf16, False).schedule.share  # tiles enough
     assert config(16, 1024, 768, 768, bf16, False).schedule.share
