@@ -11,6 +11,7 @@ deliver to belong to the pass that runs.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -133,20 +134,12 @@ class Interposer(Passes, Answers, TorchFunctionMode):
         if self._was_within_fallback(path):
             return original(*args, **kwargs)
         if path in self.settled:
-            try:
-                return self._enter_first(module, path, original, args, kwargs)
-            except NeedsLayout:
-                self._look(layout.State(module, self.device), original, args, kwargs)
-                return self._enter_first(module, path, original, args, kwargs)
-        before, found = layout.State(module, self.device), False
+            return self._enter_looking(None, module, path, original, args, kwargs)[0]
+        before = layout.State(module, self.device)
         self.displaced.clear()
         self.watching = self.groups is None and self.batch_dim == 0
         try:
-            out = self._enter_first(module, path, original, args, kwargs)
-        except NeedsLayout:
-            self._look(before, original, args, kwargs)
-            found = True
-            out = self._enter_first(module, path, original, args, kwargs)
+            out, found = self._enter_looking(before, module, path, original, args, kwargs)
         finally:
             self.watching = False
         # Another dimension as long as the batch, or another order: do the samples stay in their places?
@@ -157,6 +150,16 @@ class Interposer(Passes, Answers, TorchFunctionMode):
             state = layout.State(module, self.device)
             layout.find(self, state, original, args, kwargs, displaced or 0)
         return out
+
+    def _enter_looking(
+        self, before: layout.State | None, module: Any, path: str, original: Any, args: Any, kwargs: Any
+    ) -> tuple[Any, bool]:  # fmt: skip
+        """What the forward gives, and whether it had to be found out how flattened rows lie."""
+        with contextlib.suppress(NeedsLayout):
+            return self._enter_first(module, path, original, args, kwargs), False
+        # Not while the exception is handled: a checkpoint that it came through would still be open.
+        self._look(before or layout.State(module, self.device), original, args, kwargs)
+        return self._enter_first(module, path, original, args, kwargs), True
 
     def _look(self, before: layout.State, original: Any, args: Any, kwargs: Any) -> None:
         self.looked = True
@@ -265,7 +268,8 @@ class Interposer(Passes, Answers, TorchFunctionMode):
             except NeedsFallback as need:
                 if need.frame is not frame:
                     raise
-                self.fallbacks[path] = need
+                # Anew: the one that was raised holds the frames it came through, with their tensors.
+                self.fallbacks[path] = NeedsFallback(frame, need.name, need.reason)
             except FallbackFailed as failed:
                 if failed.frame is not frame:
                     raise
@@ -341,6 +345,7 @@ class Interposer(Passes, Answers, TorchFunctionMode):
     def unruled(self, func: Any, args: Any, kwargs: Any, reason: str = "") -> Any:
         """Run `func`; where a parameter goes into a differentiable result, its use is not covered."""
         out = func(*args, **kwargs)
+        changed = args[0] if args and (out is None or out is args[0]) else None
         constant = True
         for tensor in tensors_in(*args, kwargs):
             mark = getattr(tensor, ATTRIBUTE, None)
@@ -353,12 +358,8 @@ class Interposer(Passes, Answers, TorchFunctionMode):
                     self._fall_back_or_note(mark.name, why, ())
         if constant and isinstance(out, Tensor) and not out.requires_grad:
             setattr(out, ATTRIBUTE, CONSTANT)  # made from nothing that a sample went into
-        elif (
-            args
-            and (out is None or out is args[0])
-            and getattr(args[0], ATTRIBUTE, None) is CONSTANT
-        ):
-            delattr(args[0], ATTRIBUTE)  # a sample was written into it
+        elif getattr(changed, ATTRIBUTE, None) is CONSTANT:
+            delattr(changed, ATTRIBUTE)  # a sample was written into it
         return out
 
     def _fall_back_or_note(self, name: str, reason: str, earlier: tuple[UseOf, ...]) -> None:

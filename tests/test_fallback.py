@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -256,6 +258,19 @@ def test_the_fallback_announces_itself_once_and_works_in_chunks() -> None:
         warnings.simplefilter("error")
         loss(model, data).backward()
     assert_matches(monitor.step(), true, 1e-5)
+
+
+def test_the_first_forward_holds_nothing_afterwards() -> None:
+    """Its first try ended in the middle, in an exception."""
+    model, batch = PROBLEMS["one_plus"].make(), PROBLEMS["one_plus"].data(6)
+    first = batch.clone()
+    held = weakref.ref(first)
+    monitor = measured(model, first)
+    monitor.step()
+    assert monitor.fallbacks()
+    del first
+    gc.collect()
+    assert held() is None
 
 
 def test_compiled_use_without_a_rule_is_reported() -> None:

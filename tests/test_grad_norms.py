@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
 from models import loss
 from threads import num_threads
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import gradstats
 
@@ -153,6 +152,7 @@ def test_memory_of_gradients_is_let_go_of(model) -> None:
     with gradstats.attach(model) as monitor:
         once(model)
         monitor.step()
-        storage = weakref.ref(model[0].weight.grad.untyped_storage())
+        memory = StorageWeakRef(model[0].weight.grad.untyped_storage())
+        assert not memory.expired()
         model.zero_grad()
-        assert storage() is None
+        assert memory.expired()

@@ -183,6 +183,37 @@ def test_flattened_inside_the_model_is_found_out(sequence_first: bool, ids_shape
         assert_matches(monitor.step(), true, 1e-5)
 
 
+class FlatBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.product = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.product(x.flatten(0, 1))).view_as(x)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (1, 4)])  # one sample needs no looking
+def test_flattened_inside_a_checkpoint(sizes) -> None:
+    torch.manual_seed(0)
+
+    class Recomputes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.block = nn.Linear(5, 6), FlatBlock()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, self.first(x), use_reentrant=False)
+
+    model = Recomputes()
+    plain = copy.deepcopy(model)
+    monitor = gradstats.attach(model)
+    for size in sizes:
+        model.zero_grad()
+        x = torch.randn(size, 3, 5)
+        loss(model, x).backward()
+        assert_matches(monitor.step(), per_sample_gradients(plain, loss, x), 1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(1, 3), (3, 1)])
 def test_flattened_rows_of_a_micro_batch_of_one(sizes) -> None:
     torch.manual_seed(0)
