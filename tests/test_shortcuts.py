@@ -281,6 +281,7 @@ class Block(nn.Module):
         return x * self.scale + self.inner(x)
 
 
+@entries
 def test_after_its_first_forward_a_model_is_entered_without_python(entered) -> None:
     torch.manual_seed(5)
     model = nn.Sequential(nn.Conv1d(3, 3, 1), Block(), Block())
@@ -302,6 +303,7 @@ def test_after_its_first_forward_a_model_is_entered_without_python(entered) -> N
         assert monitor.step().num_samples == 6
 
 
+@entries
 @pytest.mark.parametrize(
     ("model", "shape"),
     [(nn.Linear(5, 3), (5,)), (nn.LayerNorm(5), (4, 5)), (nn.GroupNorm(2, 4), (4, 3)),
@@ -337,6 +339,7 @@ def test_a_model_that_is_a_plain_layer_itself_is_entered_without_python(
     torch.testing.assert_close(copied(x), model(x))
 
 
+@entries
 def test_a_module_that_gives_nothing_runs_once(entered) -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
@@ -405,6 +408,7 @@ def test_flattened_rows_in_a_later_forward_are_found() -> None:
             assert_matches(monitor.step(), per_sample_gradients(plain, loss, x), 1e-5)
 
 
+@entries
 def test_parameters_that_were_replaced_are_known(entered) -> None:
     torch.manual_seed(7)
     model, x = nn.Sequential(Block(), nn.Linear(5, 2)), torch.randn(6, 5)
