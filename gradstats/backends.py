@@ -2,8 +2,9 @@
 
 `reference` is plain PyTorch and runs everywhere. `cpu` is the C++ extension, `triton` the kernels of
 `gradstats.kernels`, `cuda` the CUDA C++ part of the extension. An automatic choice takes the fastest
-one that serves the device, the dtype and the operation; a backend asked for by name (`use`, or the
-environment variable GRADSTATS_BACKEND) runs or raises.
+one that serves the device, the dtype and the operation (rows too wide for a kernel of Triton's are the
+reference's); a backend asked for by name (`use`, or the environment variable GRADSTATS_BACKEND) runs or
+raises.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -189,9 +190,22 @@ def _resolve(op: str, device: str, dtype: torch.dtype, wanted: str) -> Callable[
     module: Any = extension()[0]
     if name == "triton":
         module = importlib.import_module(f"gradstats.kernels.{op}")
+        if wanted == "auto" and hasattr(module, "MAX_WIDTH"):
+            return partial(_by_width, getattr(module, op), getattr(reference, op), module.MAX_WIDTH)
     elif name == "reference":
         module = reference
     return getattr(module, f"{op}_cuda" if name == "cuda" else op)  # type: ignore[no-any-return]
+
+
+def _by_width(
+    kernel: Callable[..., Any],
+    plain: Callable[..., Any],
+    most: int,
+    first: torch.Tensor,
+    *rest: Any,
+) -> Any:
+    """An automatic choice leaves rows that are too wide for a kernel to the reference."""
+    return (kernel if first.shape[-1] <= most else plain)(first, *rest)
 
 
 def _choose(op: str, device: str, dtype: torch.dtype, wanted: str) -> str:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gradstats import backends
+from gradstats import backends, reference
 from gradstats.errors import BackendError
 
 HALF = torch.bfloat16
@@ -41,6 +41,23 @@ def test_by_name(built):
         assert backends.implementation("linear_stats", like) is built.linear_stats_cuda
         with pytest.raises(BackendError, match=r"take bfloat16, float16, not torch\.float32"):
             backends.choose("linear_stats", "cuda", torch.float32)
+
+
+def test_rows_that_are_too_wide_for_a_kernel(built):
+    """An automatic choice takes the reference; Triton by name refuses."""
+    pytest.importorskip("triton")
+    like = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    g, x = torch.randn(2, 2, 3, 8200)
+    rstd = x.square().mean(-1).rsqrt()
+    args = (None, rstd, None, True, True, False, False)
+    found = backends.implementation("layer_norm_stats", like)(g, x, *args)
+    true = reference.layer_norm_stats(g, x, *args)
+    assert all(map(torch.equal, found, true))
+    narrow = backends.implementation("layer_norm_stats", like)
+    with pytest.raises(BackendError, match="tensors are on cpu"):  # it came to the kernel
+        narrow(g[..., :8], x[..., :8], *args)
+    with backends.use("triton"), pytest.raises(BackendError, match="D is 8200"):
+        backends.implementation("layer_norm_stats", like)(g, x, *args)
 
 
 def test_without_the_hopper_part(built):
