@@ -80,7 +80,8 @@ def captured(run: Callable[..., Any], pool: Sequence[Sequence[Tensor]]) -> Call:
     with torch.cuda.graph(graph):
         for inputs in pool:
             run(*inputs)
-    return lambda: graph.replay()
+    kept = (graph, run, pool)  # what the graph reads and writes has to stay where it is
+    return lambda: kept[0].replay()
 
 
 def worst(found: Sequence[Tensor], true: Sequence[Tensor]) -> float:
