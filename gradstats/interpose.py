@@ -376,11 +376,10 @@ class Interposer(Passes, Answers, TorchFunctionMode):
         for frame in reversed(self.stack):
             owned = any(within(alias, frame.path) for alias in self.aliases[name])
             if owned and all(frame in use.frames for use in earlier):
-                need = NeedsFallback(frame, name, reason)
                 if frame.path not in self.settled:
-                    raise need
+                    raise NeedsFallback(frame, name, reason)  # of no name: its traceback holds those
                 # Its first part already ran and drew random numbers; the next pass falls back.
-                self.fallbacks[frame.path] = need
+                self.fallbacks[frame.path] = NeedsFallback(frame, name, reason)
                 break
         self.missed[name] = reason
 
