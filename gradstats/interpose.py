@@ -377,7 +377,7 @@ class Interposer(Passes, Answers, TorchFunctionMode):
             owned = any(within(alias, frame.path) for alias in self.aliases[name])
             if owned and all(frame in use.frames for use in earlier):
                 if frame.path not in self.settled:
-                    raise NeedsFallback(frame, name, reason)  # of no name: its traceback holds those
+                    raise NeedsFallback(frame, name, reason)  # unnamed: it would hold itself
                 # Its first part already ran and drew random numbers; the next pass falls back.
                 self.fallbacks[frame.path] = NeedsFallback(frame, name, reason)
                 break
