@@ -13,6 +13,7 @@
 
 #include "conv_samples.h"
 #include "conv_taps.h"
+#include "scratch.h"
 
 namespace gradstats::cpu::conv {
 
@@ -141,12 +142,14 @@ class GramNorms {
     at::parallel_for(0, geo_.batch, 1, [&](int64_t begin, int64_t end) {
       const int64_t channels = std::max(geo_.in_channels, geo_.out_channels) / geo_.groups;
       const int64_t widest = std::max(pixels_, positions_);
-      std::vector<T> columns(channels * widest + kLanes);
-      std::vector<T> p(padded(pixels_) * pixels_), q(padded(positions_) * positions_);
+      std::vector<T> of_columns, of_p, of_q;
+      T* const columns = at_line(of_columns, channels * widest + kLanes);
+      T* const p = at_line(of_p, padded(pixels_) * pixels_);
+      T* const q = at_line(of_q, padded(positions_) * positions_);
       for (int64_t b = begin; b < end; ++b) {
         double total = 0, diagonal = 0;
         for (int64_t k = 0; k < geo_.groups; ++k) {
-          group(b, k, columns.data(), p.data(), q.data(), total, diagonal);
+          group(b, k, columns, p, q, total, diagonal);
         }
         cancelled[b] = !(total >= kCancelled * diagonal);
         sq[b] = std::max(total, 0.0);

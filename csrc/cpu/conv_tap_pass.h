@@ -12,6 +12,7 @@
 #include "conv_samples.h"
 #include "conv_tap_tile.h"
 #include "sample_stats.h"
+#include "scratch.h"
 
 namespace gradstats::cpu::conv {
 
@@ -55,22 +56,23 @@ class TapPass {
       pack_all(b, count, xs.data_ptr<T>(), gs.data_ptr<T>());
       std::fill(part.begin(), part.end(), 0.0);
       at::parallel_for(0, tasks_, 1, [&](int64_t begin, int64_t end) {
-        std::vector<T> local(keep ? 0 : 2 * unit_size(0, kTapRows));
-        std::vector<T> squares(sq == nullptr ? 0 : run_length() * kLanes);
+        std::vector<T> of_local, of_squares;
+        T* const local = keep ? nullptr : at_line(of_local, 2 * unit_size(0, kTapRows));
+        T* const squares = sq == nullptr ? nullptr : at_line(of_squares, run_length() * kLanes);
         for (int64_t task = begin; task < end; ++task) {
           const int64_t last = split(units_.count(), tasks_, task + 1);
           for (int64_t u = split(units_.count(), tasks_, task); u < last; ++u) {
             const int64_t panel = u / units_.blocks, block = u % units_.blocks;
             const int64_t rows = unit_size(units_.row(block), units_.row(block + 1));
-            T* sum = keep ? sums.data_ptr<T>() + panel * size + unit_size(0, units_.row(block))
-                          : local.data();
+            T* sum =
+                keep ? sums.data_ptr<T>() + panel * size + unit_size(0, units_.row(block)) : local;
             T* spread = !moments ? nullptr : keep ? sum + panels * size : sum + rows;
             if (b == 0) {
               std::fill_n(sum, rows, T(0));
               if (moments) std::fill_n(spread, rows, T(0));
             }
             unit(panel, block, b, count, xs.const_data_ptr<T>(), gs.const_data_ptr<T>(), sum,
-                 spread, squares.data(), sq == nullptr ? nullptr : part.data() + task * chunk_);
+                 spread, squares, sq == nullptr ? nullptr : part.data() + task * chunk_);
             if (b + count < batch) continue;
             unpack(panel, block, sum, dw);
             if (moments) unpack(panel, block, spread, m2);

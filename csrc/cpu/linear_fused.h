@@ -23,19 +23,30 @@ struct Place {
   T* data;
   int64_t ld, rows, cols;
 
-  void load(T* tile) const {
-    for (int64_t r = 0; r < rows; ++r) std::copy_n(data + r * ld, cols, tile + r * kCols<T>);
-  }
+  void load(T* tile) const { copy(data, ld, tile, kCols<T>); }
   void store(const Acc<T>* tile) const {
     constexpr int64_t width = kCols<Acc<T>>;
-    for (int64_t r = 0; r < rows; ++r) {
-      if constexpr (std::is_same_v<T, Acc<T>>) {
-        std::copy_n(tile + r * width, cols, data + r * ld);
-      } else {
+    if constexpr (std::is_same_v<T, Acc<T>>) {
+      copy(tile, width, data, ld);
+    } else {
+      for (int64_t r = 0; r < rows; ++r) {
         using Vec = at::vec::Vectorized<Acc<T>>;
         const auto v = at::vec::convert_from_float<T>(Vec::loadu(tile + r * width),
                                                       Vec::loadu(tile + r * width + width / 2));
         v.store(data + r * ld, static_cast<int>(cols));
+      }
+    }
+  }
+
+ private:
+  // Of a known width in vectors: calls that copy a hundred bytes take longer than that.
+  void copy(const T* from, int64_t from_ld, T* to, int64_t to_ld) const {
+    constexpr int64_t width = kCols<T>;
+    for (int64_t r = 0; r < rows; ++r, from += from_ld, to += to_ld) {
+      if (cols == width) {
+        std::copy_n(from, width, to);
+      } else {
+        std::copy_n(from, cols, to);
       }
     }
   }

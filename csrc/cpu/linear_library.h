@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "linear_bias.h"
+#include "linear_tile.h"
 #include "scratch.h"
 #include "sum_squares.h"
 
@@ -100,6 +101,11 @@ class Blocks {
         bias_norms_[i * samples_ + b] = biases.add(g.const_data_ptr<A>(), g.stride(1), g.size(1));
       }
     };
+    // What the next products read is asked for in a pass, which itself reads nothing but the L2.
+    const Rows<A> x_rows{x_.const_data_ptr<A>(), x_.stride(0), x_.stride(1)};
+    const Rows<A> g_rows{g_.const_data_ptr<A>(), g_.stride(0), g_.stride(1)};
+    const int64_t positions = x_.size(1);
+    const int64_t row_bytes = (rows + columns) * static_cast<int64_t>(sizeof(A));
     product(0, first);
     for (int64_t r = 0; r < rows; ++r) {
       norms[0] += sum_squares(sums + r * in_, columns);
@@ -111,7 +117,15 @@ class Blocks {
         later.unsafeGetTensorImpl()->set_storage_offset(k * rows * columns);
         product(b + k, later);
       }
+      const int64_t next = b + count, left = std::min(kTogether, samples_ - next);
+      const int64_t ahead = std::min(left * positions, kBlockBytes / row_bytes);
+      int64_t asked = 0;
       for (int64_t r = 0; r < rows; ++r) {
+        for (; asked < ahead * (r + 1) / rows; ++asked) {
+          const int64_t sample = next + asked / positions, t = asked % positions;
+          prefetch_row(x_rows.at(sample, t) + column, columns);
+          prefetch_row(g_rows.at(sample, t) + row, rows);
+        }
         const A* c = contributions + r * columns;
         A* const sum = sums + r * in_;
         A* const second = kMoments ? m2 + r * in_ : nullptr;

@@ -76,18 +76,20 @@ template <Pack pack, typename In>
 void pack_tiles(const Problem<In>& p, const Grid<Acc<In>>& grid, const Group& group, int64_t begin,
                 int64_t end, Acc<In>* to) {
   const int64_t per_sample = words(pack, group.positions), count = group.samples * per_sample;
+  const int64_t first = grid.row(begin);
   for (int64_t b = 0; b < group.samples; ++b) {
     for (int64_t t = 0; t < group.positions; t += kPackRows) {
-      const auto rows = p.g.at(group.begin + b * group.positions + t);
+      const In* const rows = p.g.at(group.seen + b, t);
       const int64_t positions = std::min(kPackRows, group.positions - t);
       const int64_t word = b * per_sample + words(pack, t);
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t column = grid.row(k), height = grid.height(k);
+      for (int64_t k = begin, column = first; k < end; ++k) {
+        const int64_t next = grid.row(k + 1), height = next - column;
         const int64_t width = std::min(height, p.out - column);
-        Acc<In>* tile = to + count * (column - grid.row(begin)) + word * height;
+        Acc<In>* tile = to + count * (column - first) + word * height;
         with_rows(static_cast<int>(height), [&](auto h) {
-          pack_panel<pack, h(), In, Acc<In>>(rows.shifted(column), positions, width, tile);
+          pack_panel<pack, h(), In, Acc<In>>(rows + column, p.g.row_stride, positions, width, tile);
         });
+        column = next;
       }
     }
   }
@@ -100,9 +102,8 @@ void pack_columns(const Problem<In>& p, const Group& group, int64_t panel, Acc<I
   const int64_t per_sample = words(pack, group.positions), column = panel * kWidth;
   const int64_t width = std::min<int64_t>(kWidth, p.in - column);
   for (int64_t b = 0; b < group.samples; ++b) {
-    const auto rows = p.x.at(group.begin + b * group.positions).shifted(column);
-    pack_panel<pack, kWidth, In, Acc<In>>(rows, group.positions, width,
-                                          to + b * per_sample * kWidth);
+    pack_panel<pack, kWidth, In, Acc<In>>(p.x.at(group.seen + b, 0) + column, p.x.row_stride,
+                                          group.positions, width, to + b * per_sample * kWidth);
   }
 }
 
@@ -111,12 +112,15 @@ void pack_columns(const Problem<In>& p, const Group& group, int64_t panel, Acc<I
 template <typename In>
 void prefetch_columns(const Problem<In>& p, const Group& group, int64_t panel, int64_t begin,
                       int64_t end) {
-  constexpr int64_t kWidth = kCols<Acc<In>>, kLine = 64 / sizeof(In);
+  constexpr int64_t kWidth = kCols<Acc<In>>;
   const int64_t column = panel * kWidth, width = std::min<int64_t>(kWidth, p.in - column);
-  auto rows = p.x.at(group.begin + begin).shifted(column);
-  for (int64_t t = begin; t < end; ++t) {
-    for (int64_t c = 0; c < width; c += kLine) __builtin_prefetch(rows.row + c, 0, 2);
-    if (t + 1 < end) rows.advance();
+  int64_t b = group.seen + begin / group.positions, t = begin % group.positions;
+  for (int64_t k = begin; k < end; ++k) {
+    prefetch_row(p.x.at(b, t) + column, width);
+    if (++t == group.positions) {
+      t = 0;
+      ++b;
+    }
   }
 }
 

@@ -22,16 +22,16 @@ Tensor with_dense_rows(const Tensor& t) {
 
 template <typename In>
 Rows<In> rows_of(const Tensor& t) {
-  return {t.const_data_ptr<In>(), t.size(1), t.stride(0), t.stride(1)};
+  return {t.const_data_ptr<In>(), t.stride(0), t.stride(1)};
 }
 
 enum class Path { kRankOne, kGram, kFused, kLibrary };
 
 // Costs per sample in multiply-adds, beyond the gradient's own T * in * out, as measured: the pass
 // over the library's product takes as long as 5 (with moments 10) for each element of the gradient,
-// and calling the library as 25 thousand. Our own tiles take 4.5 (8.5) and a tenth more for the
-// product; each number that they pack 11. Each pair of positions takes 1.8 times its products, and
-// 20 vectors' worth for the sums over lanes.
+// and calling the library as 25 thousand. Our own tiles take 3 (7) and a tenth more for the
+// product; each number that they pack 11. Each pair of positions takes 1.1 times its products, and
+// 7 vectors' worth for the sums over lanes.
 template <typename In>
 Path choose(int64_t positions, int64_t in, int64_t out, bool moments) {
   if (positions == 1) return Path::kRankOne;
@@ -39,8 +39,8 @@ Path choose(int64_t positions, int64_t in, int64_t out, bool moments) {
   const double elements = static_cast<double>(in) * out;
   const double rows = static_cast<double>(positions) * (in + out);
   const double pairs = 0.5 * positions * (positions + 1);
-  const double gram = pairs * (1.8 * (in + out) + 20 * lanes);
-  const double fused = elements * ((moments ? 8.5 : 4.5) + 0.1 * positions) + 11 * rows;
+  const double gram = pairs * (1.1 * (in + out) + 7 * lanes);
+  const double fused = elements * ((moments ? 7 : 3) + 0.1 * positions) + 11 * rows;
   const double library = elements * (moments ? 10 : 5) + 25e3;
   // Products of 16-bit numbers are rounded by the library; moments need each contribution itself.
   const bool rounds = !std::is_same_v<In, Acc<In>>;

@@ -43,34 +43,23 @@ constexpr int64_t words(Pack pack, int64_t positions) {
   return pack == Pack::kPair ? (positions + 1) / 2 : positions;
 }
 
-// A matrix of samples x length rows, any strides between them, walked row by row.
+// The rows of samples, any strides between them.
 template <typename In>
 struct Rows {
   const In* data;
-  int64_t length, sample_stride, row_stride;
+  int64_t sample_stride, row_stride;
 
-  struct Cursor {
-    const In* row;
-    int64_t left, length, step, jump;
-
-    Cursor shifted(int64_t columns) const { return {row + columns, left, length, step, jump}; }
-
-    void advance() {
-      if (--left == 0) {
-        left = length;
-        row += jump;
-      } else {
-        row += step;
-      }
-    }
-  };
-
-  Cursor at(int64_t r) const {
-    const int64_t b = r / length, t = r % length;
-    return {data + b * sample_stride + t * row_stride, length - t, length, row_stride,
-            sample_stride - (length - 1) * row_stride};
+  const In* at(int64_t sample, int64_t t) const {
+    return data + sample * sample_stride + t * row_stride;
   }
 };
+
+// Asks for part of a row that is read soon, while what is read now comes from nearer caches.
+template <typename In>
+void prefetch_row(const In* row, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(In);
+  for (int64_t c = 0; c < n; c += kLine) __builtin_prefetch(row + c, 0, 2);
+}
 
 template <Pack pack, typename In, typename A>
 A pack_one(const In* low, const In* high, int64_t c) {
@@ -85,21 +74,21 @@ A pack_one(const In* low, const In* high, int64_t c) {
   }
 }
 
-// dst[word][c] for columns [column, column + count) of the next rows, zero up to `width`.
+// dst[word][c] for `count` columns of rows that lie `step` apart, zero up to `width`.
 template <Pack pack, int width, typename In, typename A>
-void pack_panel(typename Rows<In>::Cursor rows, int64_t positions, int64_t count, A* dst) {
-  constexpr int64_t step = pack == Pack::kPair ? 2 : 1;
-  for (int64_t t = 0; t < positions; t += step, dst += width) {
-    const In *low = rows.row, *high = nullptr;
-    rows.advance();
-    if (step == 2 && t + 1 < positions) {
-      high = rows.row;
-      rows.advance();
-    }
-    if (count == width && (step == 1 || high != nullptr)) {
-      for (int64_t c = 0; c < width; ++c) dst[c] = pack_one<pack, In, A>(low, high, c);
+void pack_panel(const In* rows, int64_t step, int64_t positions, int64_t count, A* dst) {
+  constexpr int64_t kEach = pack == Pack::kPair ? 2 : 1;
+  for (int64_t t = 0; t < positions; t += kEach, rows += kEach * step, dst += width) {
+    const bool whole = t + kEach <= positions;
+    const In* const high = kEach == 2 && whole ? rows + step : nullptr;
+    if (count == width && whole) {
+      if constexpr (std::is_same_v<In, A>) {
+        std::copy_n(rows, width, dst);
+      } else {
+        for (int64_t c = 0; c < width; ++c) dst[c] = pack_one<pack, In, A>(rows, high, c);
+      }
     } else {
-      for (int64_t c = 0; c < count; ++c) dst[c] = pack_one<pack, In, A>(low, high, c);
+      for (int64_t c = 0; c < count; ++c) dst[c] = pack_one<pack, In, A>(rows, high, c);
       std::fill(dst + count, dst + width, A(0));
     }
   }
@@ -168,27 +157,34 @@ void add_samples(const A* g, const A* x, int64_t words, int64_t samples, int64_t
                  A* m2, double* sq_norm) {
   using Vec = at::vec::Vectorized<A>;
   constexpr int64_t kLanes = Vec::size();
-  Vec acc[rows][2];
+  constexpr int kChains = 4;  // one would wait for itself, 4 cycles each time
   for (int64_t b = 0; b < samples; ++b) {
-    blocked_product<pairs>(g, x, words, acc);
     const double n = static_cast<double>(seen + b);
     const Vec inverse(static_cast<A>(n > 0 ? 1 / n : 0)), weight(static_cast<A>(n / (n + 1)));
-    Vec square[2] = {Vec(0), Vec(0)};
-    c10::ForcedUnroll<rows>{}([&](auto r) {
-      for (int v = 0; v < 2; ++v) {
-        const Vec c = acc[r][v];
-        A* s = sum + (r * 2 + v) * kLanes;
+    const auto take = [&](const Vec(&acc)[rows][2]) C10_ALWAYS_INLINE_ATTRIBUTE {
+      Vec square[kChains] = {Vec(0), Vec(0), Vec(0), Vec(0)};
+      c10::ForcedUnroll<2 * rows>{}([&](auto k) C10_ALWAYS_INLINE_ATTRIBUTE {
+        const Vec c = acc[k / 2][k % 2];
+        A* s = sum + k * kLanes;
         const Vec before = Vec::loadu(s);
-        square[v] = at::vec::fmadd(c, c, square[v]);
+        square[k % kChains] = at::vec::fmadd(c, c, square[k % kChains]);
         (before + c).store(s);
         if constexpr (moments) {
-          A* m = m2 + (r * 2 + v) * kLanes;
+          A* m = m2 + k * kLanes;
           const Vec d = c - before * inverse;
           at::vec::fmadd(d * weight, d, Vec::loadu(m)).store(m);
         }
-      }
-    });
-    sq_norm[b] += lanes_sum(square[0] + square[1]);
+      });
+      sq_norm[b] += lanes_sum((square[0] + square[1]) + (square[2] + square[3]));
+    };
+    Vec acc[rows][2];
+    if (words <= kBlock) {  // apart, for what is put aside would take registers
+      product<pairs>(g, x, words, acc);
+      take(acc);
+    } else {
+      blocked_product<pairs>(g, x, words, acc);
+      take(acc);
+    }
     g += words * rows;
     x += words * 2 * kLanes;
   }
