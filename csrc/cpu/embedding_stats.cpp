@@ -10,6 +10,7 @@
 namespace gradstats::cpu {
 namespace {
 
+constexpr int64_t kAhead = 4;    // lookups asked for beforehand: they lie all over g
 constexpr int64_t kBlock = 256;  // lookups summed before they are added on: bounds rounding errors
 
 // Positions of (B, T) sorted by id, in order of the position where ids are equal.
@@ -86,9 +87,18 @@ class Lookup {
   }
 
  private:
-  const T* at(int64_t k, T* scratch) const {
+  const Scalar* place(int64_t k) const {
     const int64_t b = by_row_.order[k] / length_, t = by_row_.order[k] % length_;
-    return widen(g_ + b * sample_stride_ + t * position_stride_, d_, scratch);
+    return g_ + b * sample_stride_ + t * position_stride_;
+  }
+
+  const T* at(int64_t k, T* scratch) const {
+    constexpr int64_t kLine = 64 / sizeof(Scalar);
+    if (k + kAhead < static_cast<int64_t>(by_row_.order.size())) {
+      const Scalar* const later = place(k + kAhead);
+      for (int64_t c = 0; c < d_; c += kLine) __builtin_prefetch(later + c, 0, 2);
+    }
+    return widen(place(k), d_, scratch);
   }
 
   const T* contribution(int64_t begin, int64_t end, T* scratch) const {
