@@ -19,7 +19,8 @@ __all__ = ["Budget", "Every", "Fixed", "Paid", "measures", "sparse"]
 
 DENSE = 32  # steps measured one by one, and then in each doubling of their number
 SPARSEST = 64
-FIRST = 16  # steps measured one by one, for an interval needs twelve, and then in each e-fold of the steps
+FIRST = 16  # steps measured one by one, for an interval needs twelve
+THEN = 8  # in each e-fold of the steps, while a budget would pay for fewer
 PAIRS = 4  # costs that are known before any is gone by
 RECENT = 9  # costs of which the median counts: a pause of the training or a compilation does not
 
@@ -32,7 +33,7 @@ class Budget:
     events that nobody waits for. Where its median is r times a plain step, one step in ``r/share`` is
     measured, at most every other one, for the plain ones between tell the cost. A noise scale moves with the
     logarithm of the steps, so there are more at first: the first 16, and then, until ``r/share`` is less, one
-    step in n/16 after n. Which steps are measured depends on times alone, and on no gradient. Where several
+    step in n/8 after n. Which steps are measured depends on times alone, and on no gradient. Where several
     processes train together the first one's times decide, and a measured step waits for its word.
 
     Raises InvalidArgumentError for a share that is not above 0 and at most 1.
@@ -138,7 +139,7 @@ class Paid:
         if steps < FIRST:
             return 1
         self._read()
-        early = steps // FIRST
+        early = steps // THEN
         if len(self._costs) < PAIRS:
             return max(2, early)
         return max(2, min(early, math.ceil(statistics.median(self._costs) / self._share)))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gradstats
-from gradstats.cadence import FIRST, Budget, Paid, Stopwatch, stopwatch
+from gradstats.cadence import FIRST, THEN, Budget, Paid, Stopwatch, stopwatch
 from gradstats.errors import InvalidArgumentError
 
 
@@ -58,7 +58,7 @@ def test_the_first_steps_are_measured_and_then_as_many_in_each_doubling() -> Non
     seen = training.measured
     assert seen[:FIRST] == list(range(FIRST))
     counts = [sum(n <= s < 2 * n for s in seen) for n in (64, 128, 256, 512, 1024, 2048)]
-    assert all(FIRST * 0.6 < count < FIRST for count in counts)  # ln 2 times as many, rounded
+    assert all(THEN * 0.6 < count < THEN for count in counts)  # ln 2 times as many, rounded
     assert all(b - a >= 2 for a, b in pairwise(seen[FIRST:]))
 
 
@@ -159,7 +159,7 @@ def test_a_monitor_keeps_to_it_and_resumes() -> None:
     wanted, step = [], 0
     while step < 400:
         wanted.append(step)
-        step += 1 if step + 1 < FIRST else max(2, (step + 1) // FIRST)
+        step += 1 if step + 1 < FIRST else max(2, (step + 1) // THEN)
     assert measured == wanted
     assert monitor.noise_scale().num_steps == len(wanted)
     costs = monitor.state_dict()["cadence"]["costs"]
