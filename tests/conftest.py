@@ -44,3 +44,19 @@ def one_thread():
     """Tiny steps gain nothing from threads, and lose much where others use the machine."""
     with num_threads(1):
         yield
+
+
+@pytest.fixture
+def entered(monkeypatch) -> list[str]:
+    """The paths of the modules that Python entered."""
+    from gradstats import interpose
+
+    paths: list[str] = []
+    plain = interpose.Interposer.enter
+
+    def enter(self, module, path, original, args, kwargs):
+        paths.append(path)
+        return plain(self, module, path, original, args, kwargs)
+
+    monkeypatch.setattr(interpose.Interposer, "enter", enter)
+    return paths
