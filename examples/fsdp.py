@@ -104,13 +104,12 @@ def main() -> None:
     )
     log.close()
     dist.destroy_process_group()
-    if not cuda:
-        # gloo's threads may outlive the group. One that asks for the GIL in a dying interpreter, to let go of
-        # a tensor, aborts the process ("terminate called without an active exception"): with plain torch too
-        # (pytorch/pytorch issue 190489). All is written, so the process ends here.
-        sys.stdout.flush()
-        os._exit(0)
 
 
 if __name__ == "__main__":
     main()
+    # gloo's threads may outlive the group. One that asks for the GIL in a dying interpreter, to let go of a
+    # tensor, aborts the process ("terminate called without an active exception"): with plain torch too
+    # (pytorch/pytorch issue 190489). All is written, so the process ends here.
+    sys.stdout.flush()
+    os._exit(0)
