@@ -76,13 +76,16 @@ def noise_scale(
     require(overlap >= 1, "overlap", overlap, "pass a number of batches of at least 1")
     require(0 <= decay < 1, "decay", decay, "pass what a buffer keeps, from 0 to below 1")
 
-    used = np.isfinite(samples) & np.isfinite(tr) & np.isfinite(sq) & (samples >= 2)
-    steps = int(used.sum())
+    rows = np.array((samples, tr, sq))
+    used = np.isfinite(rows).all(axis=0) & (samples >= 2)
+    if not used.all():
+        rows = rows[:, used]
+    num_skipped, steps = len(samples) - rows.shape[1], rows.shape[1]
     value = mean_tr = mean_sq = math.nan
     low, high, unbiased = 0.0, math.inf, None
     if steps:
-        series = np.stack([tr[used], sq[used]], axis=1)
-        weights = np.exp2(-np.arange(steps, dtype=np.float64)[::-1] / half_life)
+        series = rows[1:].T
+        weights = np.exp2(np.arange(1.0 - steps, 1.0) / half_life)
         weights /= weights.sum()  # an exponential moving average, bias-corrected
         # Relative to the largest entry, which keeps squares of tiny and huge gradients in range.
         scale = np.maximum(np.abs(series).max(axis=0), np.finfo(np.float64).tiny)
@@ -110,9 +113,9 @@ def noise_scale(
         low=low,
         high=high,
         confidence=float(confidence),
-        num_samples=int(samples[used].sum()),
+        num_samples=int(rows[0].sum()),
         num_steps=steps,
-        num_skipped=len(samples) - steps,
+        num_skipped=num_skipped,
         tr_sigma=mean_tr,
         true_grad_sq_norm=mean_sq,
         coverage=float(coverage),
@@ -156,7 +159,8 @@ def mean_covariance(
     free of the mean and of its error.
     """
     recent = weights > 1e-12 * weights[-1]
-    series, weights = series[recent], weights[recent]
+    if not recent.all():
+        series, weights = series[recent], weights[recent]
     square = weights @ weights
     steps = 1 / float(square) + 1e-9  # as many equal weights give this variance
     if steps < FEWEST_STEPS:
@@ -166,18 +170,22 @@ def mean_covariance(
     if any(decays):
         residual, weights = residual[1:] - decays * residual[:-1], weights[1:] / weights[1:].sum()
         square = weights @ weights
-    correlation = _lag_one(residual * np.sqrt(weights)[:, None])
+    correlation = max(_lag_one(column * np.sqrt(weights)) for column in residual.T)
     independent = steps * (1 - correlation) / (1 + correlation)
     rule = max(2, round(0.4 * independent ** (2 / 3)))
     cosines = min(rule + 1, MOST_COSINES, int(steps) - 1)
-    time = (np.cumsum(weights**2) - weights**2 / 2) / square
-    waves = weights[:, None] * np.cos(np.pi * time[:, None] * np.arange(cosines + 1))
-    basis = np.linalg.qr(waves)[0][:, 1:]  # the first column is the weights themselves
-    scatter = basis.T @ residual
+    squares = weights * weights
+    time = (np.cumsum(squares) - squares / 2) / square
+    waves = weights * np.cos(np.multiply.outer(np.arange(cosines + 1) * np.pi, time))
+    # Gram and Schmidt by Cholesky: on so few and nearly orthogonal waves (their Gram matrix's condition number
+    # is below 3) as exact as by reflections. The first wave is the weights themselves.
+    sought = np.ones((len(weights), 3))
+    sought[:, :2] = residual
+    seen = np.linalg.solve(np.linalg.cholesky(waves @ waves.T), waves @ sought)[1:]
+    scatter, constant = seen[:, :2], seen[:, 2]
     if overlap > 1:
         half = np.pi / 2 * np.arange(1, cosines + 1)[:, None] / steps
-        scatter *= overlap * np.sin(half) / np.sin(overlap * half)
-    constant = basis.sum(axis=0)
+        scatter = scatter * (overlap * np.sin(half) / np.sin(overlap * half))
     size = constant @ constant
     if size > 1e-12 * len(weights):  # zero for equal weights, where nothing is left to remove
         scatter = scatter - np.outer(constant, constant @ scatter) / size
@@ -193,9 +201,9 @@ def critical_value(freedom: int, confidence: float) -> float:
 
 
 def _lag_one(residual: Array) -> float:
-    """The larger lag-one autocorrelation of two columns, from 0 to 0.97."""
-    power = np.maximum((residual**2).sum(axis=0), np.finfo(np.float64).tiny)
-    return float(np.clip((residual[1:] * residual[:-1]).sum(axis=0) / power, 0, 0.97).max())
+    """The lag-one autocorrelation of a column, from 0 to 0.97."""
+    power = max(float(residual @ residual), float(np.finfo(np.float64).tiny))
+    return min(max(float(residual[1:] @ residual[:-1]) / power, 0.0), 0.97)
 
 
 def require(holds: bool, name: str, seen: object, remedy: str) -> None:
