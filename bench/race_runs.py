@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from race_tasks import Race, held_out_loss
+from race_tasks import Batch, Race, held_out_loss
 from torch import nn
 
 import gradstats
@@ -21,6 +21,7 @@ from gradstats.step_time import fit_step_time
 MEASURED: dict[str, Any] = {"every": gradstats.Budget(0.02), "half_life": 8.0}
 ADASCALE_HALF_LIFE = 50.0
 HYSTERESIS = 1.3
+AHEAD = 1024  # samples that are drawn at once
 WORSE = 2.0  # a held-out loss so many times the first is given up
 
 
@@ -50,7 +51,11 @@ class Outcome:
 
 
 class Draws:
-    """What a scheduler sets: a step's batch is drawn at once, in multiples of `unit` samples."""
+    """What a scheduler sets: a step's batch comes at once, in multiples of `unit` samples.
+
+    Samples are drawn ahead, as a loader's workers would, so that the time between two steps, by which a
+    budget goes, is the training's own. Whatever the batch sizes are, a seed's samples are the same.
+    """
 
     world_size, dataset_size = 1, None
 
@@ -60,14 +65,22 @@ class Draws:
         self.samples = 0
         self.noise: list[float] = []  # that decisions saw
         self.generator = torch.Generator().manual_seed(1000 + seed)
+        self.ahead = race.draw(0, self.generator)
 
     @property
     def batch_size(self) -> int:
         return self.micro_batch_size * self.accumulation_steps
 
-    def step(self) -> Any:
-        self.samples += self.batch_size
-        return self.race.batch(self.batch_size, self.generator)
+    def step(self) -> Batch:
+        size = self.batch_size
+        while len(self.ahead[0]) < size:
+            drawn = self.race.draw(AHEAD, self.generator)
+            x, y = (torch.cat(parts) for parts in zip(self.ahead, drawn, strict=True))
+            self.ahead = x, y
+        x, y = (part[:size].to(self.race.device) for part in self.ahead)
+        self.ahead = self.ahead[0][size:], self.ahead[1][size:]
+        self.samples += size
+        return x, y
 
 
 Attach = Callable[[Race, nn.Module, torch.optim.Optimizer, Draws], Any]

@@ -77,9 +77,8 @@ def noise_scale(
     require(0 <= decay < 1, "decay", decay, "pass what a buffer keeps, from 0 to below 1")
 
     rows = np.array((samples, tr, sq))
-    used = np.isfinite(rows).all(axis=0) & (samples >= 2)
-    if not used.all():
-        rows = rows[:, used]
+    if rows.size and not (np.isfinite(rows).all() and samples.min() >= 2):
+        rows = rows[:, np.isfinite(rows).all(axis=0) & (samples >= 2)]
     num_skipped, steps = len(samples) - rows.shape[1], rows.shape[1]
     value = mean_tr = mean_sq = math.nan
     low, high, unbiased = 0.0, math.inf, None
@@ -176,13 +175,17 @@ def mean_covariance(
     cosines = min(rule + 1, MOST_COSINES, int(steps) - 1)
     squares = weights * weights
     time = (np.cumsum(squares) - squares / 2) / square
-    waves = weights * np.cos(np.multiply.outer(np.arange(cosines + 1) * np.pi, time))
-    # Gram and Schmidt by Cholesky: on so few and nearly orthogonal waves (their Gram matrix's condition number
-    # is below 3) as exact as by reflections. The first wave is the weights themselves.
-    sought = np.ones((len(weights), 3))
-    sought[:, :2] = residual
-    seen = np.linalg.solve(np.linalg.cholesky(waves @ waves.T), waves @ sought)[1:]
-    scatter, constant = seen[:, :2], seen[:, 2]
+    # Gram and Schmidt by Cholesky: on so few and nearly orthogonal waves (the condition number of their Gram
+    # matrix is below 3) as exact as by reflections. The first wave is the weights themselves. Below the
+    # waves' own rows, the factor holds what the residuals and a constant are along each of them; what is
+    # left of those three is not asked for, and its place on the diagonal only has to be large enough.
+    rows = np.ones((cosines + 4, len(weights)))
+    rows[:-3] = weights * np.cos(np.multiply.outer(np.arange(cosines + 1) * np.pi, time))
+    rows[-3:-1] = residual.T
+    gram = rows @ rows.T
+    gram[-3:, -3:] = np.diag(2 * gram.diagonal()[-3:] + 1)
+    factor = np.linalg.cholesky(gram)[-3:, 1:-3].T
+    scatter, constant = factor[:, :2] / new, factor[:, 2]
     if overlap > 1:
         half = np.pi / 2 * np.arange(1, cosines + 1)[:, None] / steps
         scatter = scatter * (overlap * np.sin(half) / np.sin(overlap * half))
@@ -190,7 +193,7 @@ def mean_covariance(
     if size > 1e-12 * len(weights):  # zero for equal weights, where nothing is left to remove
         scatter = scatter - np.outer(constant, constant @ scatter) / size
         cosines -= 1
-    return square * (scatter.T @ scatter) / np.outer(new, new) / cosines, cosines
+    return square / cosines * (scatter.T @ scatter), cosines
 
 
 def critical_value(freedom: int, confidence: float) -> float:

@@ -16,7 +16,7 @@ from gradstats.errors import InvalidArgumentError, UnsupportedLayerError
 from gradstats.estimators import NoiseScale, noise_scale, readable
 from gradstats.momentum import BufferWeights, MomentumStep, compare
 from gradstats.options import Options
-from gradstats.series import HISTORY
+from gradstats.series import HISTORY, Columns
 from gradstats.stats import GradStats, Moments
 
 BUFFERS = ("momentum_buffer", "exp_avg")
@@ -113,14 +113,12 @@ class MomentumReader:
             )  # fmt: skip
             self._found.append(self._weights.follow(found)[0])
 
-    def adjust(
-        self, noise: NoiseScale, series: tuple[list[int], list[float], list[float]]
-    ) -> NoiseScale:
+    def adjust(self, noise: NoiseScale, series: Columns) -> NoiseScale:
         """The noise scale with |G|² from the buffer, or as it was, with a note why."""
         self._read()
         if not self._found:
             return noise
-        counts, traces, single = (column[-len(self._found) :] for column in series)
+        counts, traces, single = series[:, -len(self._found) :]
         options = self._options
         seen = compare(
             self._found, single, half_life=options.half_life, confidence=options.confidence

@@ -6,14 +6,16 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradstats.stats import GradStats, Moments
 
 HISTORY = 10_000
 
-Columns = tuple[list[int], list[float], list[float]]
+Columns = NDArray[np.float64]  # (3, K): samples, tr_sigma and true_grad_sq_norm of K steps
 
 
 class Series:
@@ -25,8 +27,7 @@ class Series:
         self.pending: deque[tuple[int | Tensor, Tensor | float, Tensor | float]] = deque(
             maxlen=HISTORY
         )
-        self._read: deque[tuple[int, float, float]] = deque(maxlen=HISTORY)
-        self._columns: Columns | None = None
+        self._columns: Columns = np.empty((3, 0))
 
     def add(self, stats: GradStats) -> None:
         """Remember a step, without waiting for the device."""
@@ -37,38 +38,34 @@ class Series:
             self.pending.append((stats.samples, mean, grad))
 
     def read(self) -> Columns:
-        """Samples, tr_sigma, true_grad_sq_norm of each step. Waits for the device.
+        """(3, K) of the last steps, in time order. Waits for the device.
 
-        The same object until there are other steps.
+        The same array until there are other steps.
         """
         if self.pending:
             counts, means, grads = (_numbers(column) for column in zip(*self.pending, strict=True))
             self.pending.clear()
-            for n, mean, grad in zip(map(int, counts), means, grads, strict=True):
+            found = np.empty((3, len(counts)))
+            for k, (n, mean, grad) in enumerate(zip(map(int, counts), means, grads, strict=True)):
                 step = Moments(n, 1, mean, grad)  # type: ignore[arg-type]
-                self._read.append((n, float(step.tr_sigma), float(step.true_grad_sq_norm)))
-            self._columns = None
-        if self._columns is None:
-            self._columns = ([n for n, _, _ in self._read], [t for _, t, _ in self._read],
-                             [g for _, _, g in self._read])  # fmt: skip
+                found[:, k] = n, step.tr_sigma, step.true_grad_sq_norm
+            self._columns = np.concatenate([self._columns, found], axis=1)[:, -HISTORY:]
         return self._columns
 
     def state_dict(self) -> dict[str, Any]:
         """Its columns, as plain numbers."""
-        n, tr_sigma, true_grad = self.read()
+        counts, tr_sigma, true_grad = self.read()
         return {
-            "num_samples": list(n),
-            "tr_sigma": list(tr_sigma),
-            "true_grad_sq_norm": list(true_grad),
+            "num_samples": [int(n) for n in counts],
+            "tr_sigma": tr_sigma.tolist(),
+            "true_grad_sq_norm": true_grad.tolist(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`."""
         self.pending.clear()
-        self._read.clear()
-        self._columns = None
-        columns = (state[key] for key in ("num_samples", "tr_sigma", "true_grad_sq_norm"))
-        self._read.extend(zip(*columns, strict=True))
+        columns = [state[key] for key in ("num_samples", "tr_sigma", "true_grad_sq_norm")]
+        self._columns = np.array(columns, np.float64)
 
 
 def _numbers(column: Sequence[float | Tensor]) -> list[float]:

@@ -90,8 +90,8 @@ def test_a_noise_scale_is_read_ever_more_seldom_and_other_policies_at_every_step
         scheduler.step()
         read += [step] * (monitor.asked - before)
     assert read[:9] == [16, 18, 20, 22, 24, 26, 28, 30, 32]
-    assert read[9:17] == [36, 40, 44, 48, 52, 56, 60, 64, 72]
-    assert [b - a for a, b in pairwise(read)][-8:] == [64] * 8
+    assert read[9:18] == [36, 40, 44, 48, 52, 56, 60, 64, 72]
+    assert [b - a for a, b in pairwise(read)][-7:] == [64] * 7
     sizes = partial(ramp, start=8, end=80, over=100)
     assert run(BatchSizeScheduler(sizes, other := loader(batch=8)), other, 4) == [8, 12, 24, 40]
 
