@@ -84,6 +84,8 @@ def conv_config(
         tile = replace(tile, num_stages=3 if dtype == torch.float32 else 4)
         if dtype == torch.float32 or arch // 10 not in (9, 10):  # operands take registers too
             most = 16 if dtype == torch.float32 else 32
+            if arch // 10 == 9 and not moments and few >= tile.block_i:
+                most = 32  # one tap in a tile; 16 spilled there by Triton 3.6
             tile = replace(tile, block_t=min(tile.block_t, most))
         channels = min(tile.block_i, few)
         columns = cdiv(taps, tile.block_i // channels) * cdiv(c, channels)

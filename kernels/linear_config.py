@@ -83,8 +83,8 @@ def fused_tile(
     """
     if dtype == torch.float32:
         # Short blocks have room for a stage more; without it sm_80 spilled 8 bytes, as sm_100 does
-        # in long blocks.
-        short = t <= 16 or arch // 10 == 10
+        # in long blocks, and sm_90 with moments by Triton 3.6.
+        short = t <= 16 or arch // 10 == 10 or (moments and arch // 10 == 9)
         return Config("fused", 64, 64, *((16, 8, 4) if short else (32, 8, 3)))
     block_t = min(max(next_power_of_2(t), 16), 64)
     engine = arch // 10 in (9, 10)  # a copy engine, which takes descriptors
@@ -93,8 +93,8 @@ def fused_tile(
         return Config("fused", 64, 64, min(block_t, 32), 4, 4)
     if small:
         return Config("fused", 64, 64, block_t, 4, 3, described)
-    if moments and not engine:  # operands take registers too, where MMA reads them
-        block_t = min(block_t, 32 if arch < 90 else 16)
+    if not engine and (moments or arch >= 90):  # operands take registers too, where MMA reads them
+        block_t = min(block_t, 16 if moments and arch >= 90 else 32)
     # 227 or 163 KB of shared memory for a program; elsewhere 99, and on Hopper three small ones.
     num_stages = 4 if engine or arch in (80, 87) else 3
     return Config("fused", 128, 128, block_t, 8, num_stages, described)
