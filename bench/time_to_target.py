@@ -29,13 +29,13 @@ import torch
 from race_runs import MEASURED, Method, Outcome, followers, run, step_seconds
 from race_tasks import RACES, Race
 
+from gradstats.estimators import critical_value
 from gradstats.workbench.bench.timing import table
 from gradstats.workbench.saved import environment
 from gradstats.workbench.sweep.steps_to_target import fit_steps
 
 FIRST_RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the race's
 RATES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # times that of the next smaller batch
-T_90 = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13, 6: 2.02, 7: 1.94, 8: 1.89, 9: 1.86, 10: 1.83}
 COSTS = ("samples", "steps", "seconds")
 
 
@@ -43,8 +43,9 @@ def mean(values: list[float]) -> tuple[float, float]:
     """Mean and the half-width of its 90% interval; infinite where a run did not arrive."""
     if not all(math.isfinite(v) for v in values):
         return math.inf, math.nan
-    spread = statistics.stdev(values) if len(values) > 1 else math.nan
-    return statistics.fmean(values), T_90.get(len(values), 1.7) * spread / math.sqrt(len(values))
+    n = len(values)
+    error = statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return statistics.fmean(values), critical_value(n - 1, 0.9) * error
 
 
 def tuned(race: Race, size: int, rates: list[float], seeds: range) -> float:
@@ -125,7 +126,8 @@ def measure(
     pairs = [(n, k) for o in outcomes["noise scale"] for n, k in zip(o.noise, o.known, strict=True)
              if math.isfinite(n) and math.isfinite(k)]  # fmt: skip
     return {
-        "target": race.target, "base": race.base, "step_seconds": seconds, "methods": rows,
+        "seeds": len(seeds), "target": race.target, "base": race.base, "step_seconds": seconds,
+        "methods": rows,
         "noise_scale": noise, "theory": fit_steps(steps).to_dict(),
         "measured_over_known": statistics.median(n / k for n, k in pairs) if pairs else None,
     }  # fmt: skip
@@ -193,7 +195,7 @@ def main() -> None:
         results[name] = measure(race, seeds, args.tuning_seeds, tuple(args.rates), known)
         print(report(name, results[name]), flush=True)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"seeds": args.seeds, "first_seed": args.first_seed, "measured": MEASURED}
+    settings = {"first_seed": args.first_seed, "measured": MEASURED}
     found = {"environment": environment("gradstats"), **settings, "races": results}
     args.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
