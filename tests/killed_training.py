@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import scipy.special
@@ -123,10 +124,11 @@ def train(place: Path, workers: int, ready: Callable[[], object]) -> None:
 
 
 def start(place: Path, workers: int) -> int:
-    """Train in a process of its own; its number, once it is about to step."""
+    """Train in a process of its own, which heads a group; its number, once it is about to step."""
     began, ready = os.pipe()
     child = os.fork()
     if child == 0:
+        os.setpgid(0, 0)
         try:
             train(place, workers, lambda: os.write(ready, b"."))
         except BaseException:
@@ -142,6 +144,9 @@ def start(place: Path, workers: int) -> int:
 def ended(child: int) -> bool:
     """Whether it went to the end; raises if it failed."""
     status = os.waitpid(child, 0)[1]
+    # A worker that starts while its training dies takes who adopts it for its parent, and waits for ever.
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
     if os.WIFSIGNALED(status):
         return False
     assert os.WEXITSTATUS(status) == 0, "the training failed; see above"
