@@ -79,7 +79,7 @@ def noise_scale(
     rows = np.array((samples, tr, sq))
     if rows.size and not (np.isfinite(rows).all() and samples.min() >= 2):
         rows = rows[:, np.isfinite(rows).all(axis=0) & (samples >= 2)]
-    num_skipped, steps = len(samples) - rows.shape[1], rows.shape[1]
+    steps = rows.shape[1]
     value = mean_tr = mean_sq = math.nan
     low, high, unbiased = 0.0, math.inf, None
     if steps:
@@ -114,7 +114,7 @@ def noise_scale(
         confidence=float(confidence),
         num_samples=int(rows[0].sum()),
         num_steps=steps,
-        num_skipped=num_skipped,
+        num_skipped=len(samples) - steps,
         tr_sigma=mean_tr,
         true_grad_sq_norm=mean_sq,
         coverage=float(coverage),

@@ -15,15 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import gradstats
-from gradstats import tracing
 
 pytest.importorskip("gradstats._C", reason="gradstats._C is not built")
-
-
-entries = pytest.mark.skipif(
-    tracing.HIDES_CONSTRUCTORS,
-    reason="for a compiler that hides constructors from modes, Python enters every module",
-)
 
 
 @pytest.fixture
